@@ -1,0 +1,96 @@
+"""The `lora-scripts` command: parses arguments, calls the one function that does the work.
+
+Heavy libraries are imported inside the commands, so that `--help` answers at once.
+Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_scripts.errors import UserError, WorkError
+
+app = typer.Typer(
+    name="lora-scripts",
+    help="One YAML file describes a LoRA, one command makes it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _every_command() -> None:
+    from lora_scripts.logs import set_up_console
+
+    set_up_console()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="The YAML file that describes the LoRA.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, e.g. lora_rank=32."),
+    ] = None,
+) -> None:
+    """Train a LoRA."""
+    from lora_scripts import pipeline
+
+    raise typer.Exit(pipeline.run(config, overrides or ()))
+
+
+@app.command()
+def sample(
+    base: Annotated[str, typer.Option(help="Base model: hub id, folder or .safetensors file.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="PATH or PATH:SCALE; several times: one column each beside the base."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("sample.png"),
+    negative_prompt: Annotated[str, typer.Option(help="What not to show.")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Noise seed; the same for every cell.")] = 42,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance; 1 is none.")] = 7.5,
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Draw prompts with a base model and with LoRAs beside it, as one labelled picture."""
+    from lora_scripts import sample as sampling
+
+    request = sampling.SampleRequest(
+        base=base,
+        prompts=prompt,
+        loras=[sampling.parse_lora(text) for text in lora or ()],
+        output=output,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        width=width,
+        height=height,
+        device=device,
+    )
+    sampling.run(request)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="lora-scripts")
+    except UserError as error:
+        count = len(error.problems)
+        print("1 problem:" if count == 1 else f"{count} problems:", file=sys.stderr)  # noqa: T201
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except WorkError as error:
+        print(f"Failed: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)

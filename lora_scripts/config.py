@@ -1,0 +1,459 @@
+"""The whole schema of a run: every key, its type, its bounds, its default and one sentence.
+
+`load(path, overrides)` reads a YAML file and answers with a frozen, fully resolved config, or with
+every problem at once (`UserError`). The command line, the JSON Schema for editors and the docs
+follow from the classes below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lora_scripts import yaml_source
+from lora_scripts.errors import Problem, UserError, user_error
+
+FORMAT_VERSION = 1
+
+PathField = Annotated[Path, Field(strict=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, exact types, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Dataset(Section):
+    """One folder of pictures in `datasets`."""
+
+    path: PathField = Field(description="Folder of pictures.")
+    metadata_path: PathField | None = Field(
+        None, description="Captions file; by default metadata.csv, metadata.jsonl or .txt sidecars."
+    )
+    repeats: PositiveInt = Field(1, description="How often each picture is seen in an epoch.")
+    role: Literal["train", "validation"] = Field(
+        "train", description="train: learned from. validation: only measured (held-out loss)."
+    )
+
+
+class SamplePrompt(Section):
+    """One picture drawn while training, always with the same seed."""
+
+    prompt: str = Field(description="The prompt.")
+    negative_prompt: str = Field("", description="What the picture should not show.")
+    guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance; 1 is none.")
+    steps: PositiveInt = Field(25, description="Denoising steps.")
+    width: PositiveInt | None = Field(None, description="Pixels; by default `resolution`.")
+    height: PositiveInt | None = Field(None, description="Pixels; by default `resolution`.")
+    seed: int | None = Field(None, ge=0, description="Noise seed; by default the run's `seed`.")
+
+
+def _prompt_from_text(value: Any) -> Any:
+    return {"prompt": value} if isinstance(value, str) else value
+
+
+PromptField = Annotated[
+    SamplePrompt, BeforeValidator(_prompt_from_text, json_schema_input_type=str | SamplePrompt)
+]
+
+
+class ImageConfig(Section):
+    """A LoRA for a text-to-image model (`task_type: image-generation`)."""
+
+    format_version: Literal[1] = Field(1, description="Version of this file format.")
+    task_type: Literal["image-generation"] = Field(
+        "image-generation", description="What is trained."
+    )
+
+    # --- what goes in
+    base_model: str = Field(
+        min_length=1,
+        description="Hub id, diffusers folder, or .safetensors file in the original layout (SD1.x).",
+    )
+    train_data_dir: PathField | None = Field(
+        None, description="Folder of pictures; short for one entry in `datasets`."
+    )
+    metadata_path: PathField | None = Field(
+        None, description="Captions file; default <train_data_dir>/metadata.csv."
+    )
+    datasets: list[Dataset] = Field(
+        default_factory=list, description="Several folders, in place of `train_data_dir`."
+    )
+    repeats: PositiveInt = Field(
+        1, description="How often each picture of `train_data_dir` is seen in an epoch."
+    )
+    validation_split: float = Field(
+        0.0, ge=0, le=0.5, description="Share of the pictures held out to measure the loss."
+    )
+
+    # --- pictures and captions
+    resolution: int = Field(512, ge=64, description="Side of a square picture, in pixels.")
+    bucket_step: int = Field(
+        64,
+        ge=8,
+        multiple_of=8,
+        description="Sides of the aspect-ratio buckets are multiples of it.",
+    )
+    aspect_ratio_buckets: bool = Field(
+        True, description="Keep each picture's shape; false crops every one to a square."
+    )
+    random_flip: bool = Field(False, description="Mirror half of the views left to right.")
+    trigger_word: str | None = Field(
+        None, min_length=1, description="Put before each caption that does not contain it."
+    )
+    caption_prefix: str = Field("", description="Put before each caption, exactly as typed.")
+    caption_suffix: str = Field("", description="Put after each caption, exactly as typed.")
+    caption_dropout: Fraction = Field(
+        0.0, description="Share of the views shown with an empty caption."
+    )
+    cache_dir: PathField = Field(
+        Path("cache"), description="Encoded pictures and captions, reused by later runs."
+    )
+
+    # --- the LoRA
+    lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the update matrices.")
+    lora_alpha: float = Field(
+        default_factory=lambda data: float(data["lora_rank"]),
+        gt=0,
+        description="Scale of the update is lora_alpha / lora_rank; default: lora_rank.",
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the LoRA.")
+
+    # --- training
+    epochs: PositiveInt = Field(10, description="Passes over the data.")
+    max_train_steps: PositiveInt | None = Field(None, description="A cap on the epochs.")
+    batch_size: PositiveInt = Field(1, description="Pictures per device and micro-batch.")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="Micro-batches per optimizer step."
+    )
+    optimizer: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warm-up."
+    )
+    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are clipped to this norm; 0 switches clipping off."
+    )
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="Min-SNR loss weighting (5 is usual); null weighs all steps alike."
+    )
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto", description="Precision of the frozen model and of the arithmetic."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Half the memory for half as much time again."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes CUDA where there is one."
+    )
+    seed: int = Field(42, ge=0, lt=2**63, description="Every random choice follows from it.")
+
+    # --- what is seen meanwhile
+    eval_steps: PositiveInt = Field(100, description="Steps between two measurements of the loss.")
+    histogram_steps: PositiveInt = Field(
+        100, description="Steps between two gradient histograms in TensorBoard."
+    )
+    sample_steps: PositiveInt = Field(
+        250, description="Steps between two rounds of sample pictures."
+    )
+    sample_prompts: list[PromptField] = Field(
+        default_factory=list,
+        description="Prompts drawn while training: texts, or maps with options.",
+    )
+
+    # --- what comes out
+    output_dir: PathField = Field(description="Folder of this run.")
+    output_name: str = Field(
+        default_factory=lambda data: data["output_dir"].resolve().name,
+        min_length=1,
+        max_length=100,
+        pattern=r'^[^\\/:*?"<>|\x00-\x1f]+$',
+        description="Name typed in a prompt, <lora:NAME:0.8>; default: the output folder's name.",
+    )
+    save_steps: PositiveInt | None = Field(None, description="Steps between two checkpoints.")
+    save_every_epochs: PositiveInt | None = Field(
+        None, description="Epochs between two checkpoints."
+    )
+    save_total_limit: PositiveInt | None = Field(
+        None, description="Checkpoints to keep; older ones are removed. null keeps all."
+    )
+    save_dtype: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp16", description="Precision of the LoRA files."
+    )
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: go on where the output folder stands; never: start anew; or a checkpoint.",
+    )
+
+    @model_validator(mode="after")
+    def _data_named_once(self) -> ImageConfig:
+        if self.train_data_dir is None and not self.datasets:
+            raise ValueError("train_data_dir: missing; name the folder of your pictures")
+        if self.train_data_dir is not None and self.datasets:
+            raise ValueError("datasets: stands beside train_data_dir; give one of the two")
+        if self.datasets and self.metadata_path is not None:
+            raise ValueError("metadata_path: belongs to train_data_dir; name it in the datasets")
+        if self.datasets and all(data.role != "train" for data in self.datasets):
+            raise ValueError("datasets: none of them has the role train")
+        if self.validation_split and any(data.role == "validation" for data in self.datasets):
+            raise ValueError("validation_split: a dataset has the role validation already")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> ImageConfig:
+        if self.resolution % self.bucket_step:
+            raise ValueError(
+                f"resolution: found {self.resolution}, must be a multiple of bucket_step "
+                f"({self.bucket_step})"
+            )
+        return self
+
+    def all_datasets(self) -> list[Dataset]:
+        """The data as a list, `train_data_dir` written out."""
+        if self.train_data_dir is None:
+            return self.datasets
+        return [
+            Dataset(
+                path=self.train_data_dir, metadata_path=self.metadata_path, repeats=self.repeats
+            )
+        ]
+
+
+Config = ImageConfig  # a union discriminated by task_type once there is more than one task
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a config file says: the config if it is valid, else everything that is wrong with it."""
+
+    config: Config | None
+    problems: list[Problem]
+    values: dict[str, Any] = field(repr=False)  # the keys that passed, as written
+    source: Source
+
+    def checked(self) -> Config:
+        """The config.
+
+        Raises:
+            UserError: with all problems found, each with file, line and key.
+        """
+        if self.config is None or self.problems:
+            raise UserError(self.problems)
+        return self.config
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where each key was written."""
+
+    name: str
+    lines: dict[yaml_source.Location, int]
+    overridden: frozenset[str]
+
+    def where(self, *location: str | int) -> str:
+        """The place of a key, for an error message: `my.yaml line 7: lora_rank`."""
+        key = ".".join(str(part) for part in location)
+        if location and location[0] in self.overridden:
+            return f"command line: {key}"
+        for length in range(len(location), 0, -1):
+            if location[:length] in self.lines:
+                return f"{self.name} line {self.lines[location[:length]]}: {key}"
+        return f"{self.name}: {key}"
+
+    def line(self, location: Sequence[str | int]) -> int:
+        """The line of the innermost part of `location` that was written; 0 if none was."""
+        for length in range(len(location), 0, -1):
+            if tuple(location[:length]) in self.lines:
+                return self.lines[tuple(location[:length])]
+        return 0
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override, check: the config of a run.
+
+    Raises:
+        UserError: with all problems found, each with file, line and key.
+    """
+    return read(path, overrides).checked()
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Draft:
+    """Read `path`, apply `key=value` overrides (read by the same rules), check everything.
+
+    Raises:
+        UserError: if the file is not there or is no YAML mapping; all else is in the draft.
+    """
+    document = yaml_source.parse(_read_text(path), str(path))
+    problems = list(document.problems)
+    overridden = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(Problem(f"command line: {override}", "must have the form key=value"))
+            continue
+        try:
+            document.values[key.strip()] = yaml_source.parse_value(text, f"command line: {key}")
+        except UserError as error:
+            problems += error.problems
+        overridden.add(key.strip())
+    source = Source(str(path), document.lines, frozenset(overridden))
+    try:
+        config = ImageConfig.model_validate(document.values)
+    except ValidationError as error:
+        findings = sorted(error.errors(), key=lambda details: source.line(details["loc"]))
+        for details in findings:
+            problems += _explain(details, source)
+        wrong = {details["loc"][0] for details in findings if details["loc"]}
+        passed = {key: value for key, value in document.values.items() if key not in wrong}
+        return Draft(None, problems, passed, source)
+    return Draft(config, problems, document.values, source)
+
+
+def dump(config: Config) -> str:
+    """The config with every key as resolved, as YAML that `load` reads back to an equal config."""
+    from ruamel.yaml import YAML
+
+    stream = io.StringIO()
+    writer = YAML(typ="rt")
+    writer.width = 1000
+    writer.allow_unicode = True
+    writer.dump(json.loads(config.model_dump_json()), stream)
+    return stream.getvalue()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema that editors use to complete and check a config while it is typed."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **ImageConfig.model_json_schema(mode="validation"),
+        "title": "lora-scripts config",
+    }
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise user_error(str(path), _missing_file(path)) from None
+    except UnicodeDecodeError:
+        raise user_error(str(path), "not written in UTF-8; save it with that encoding") from None
+    except OSError as error:
+        raise user_error(str(path), f"cannot be read: {error.strerror}") from None
+
+
+def _missing_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"no such file; there is no folder {path.parent} either"
+    others = sorted(other.name for other in path.parent.glob("*.y*ml"))
+    near = difflib.get_close_matches(path.name, others, n=1)
+    if near:
+        return f"no such file; did you mean {path.parent / near[0]}?"
+    return "no such file" + (f"; there are: {', '.join(others[:8])}" if others else "")
+
+
+def _explain(details: Any, source: Source) -> list[Problem]:
+    """One of pydantic's findings in our words: where, what was found, what is allowed."""
+    location: tuple[str | int, ...] = details["loc"]
+    where = source.where(*location)
+    match details["type"]:
+        case "default_factory_not_called":  # follows from another finding
+            return []
+        case "value_error" if not location:
+            key, _, what = str(details["ctx"]["error"]).partition(": ")
+            return [Problem(source.where(key), what)]
+        case "extra_forbidden":
+            return [Problem(where, _unknown_key(str(location[-1]), location[:-1]))]
+        case "missing":
+            return [Problem(where, f"missing; {_field_of(location)}")]
+        case _:
+            return [Problem(where, f"found {_shown(details['input'])}, {_allowed(details)}")]
+
+
+def _section_at(location: Sequence[str | int]) -> type[Section]:
+    match [part for part in location if isinstance(part, str)]:
+        case ["datasets", *_]:
+            return Dataset
+        case ["sample_prompts", *_]:
+            return SamplePrompt
+        case _:
+            return ImageConfig
+
+
+def _field_of(location: Sequence[str | int]) -> str:
+    return _section_at(location).model_fields[str(location[-1])].description or ""
+
+
+def _unknown_key(key: str, parent: Sequence[str | int]) -> str:
+    known = list(_section_at(parent).model_fields)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    return "unknown key; configs/schema.json lists every key"
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None:
+            return "nothing (null)"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return f'the text "{value}"' if len(value) < 80 else f'the text "{value[:77]}…"'
+        case list():
+            return "a list"
+        case dict():
+            return "a map of keys"
+        case _:
+            return str(value)
+
+
+def _allowed(details: Any) -> str:
+    context = details.get("ctx", {})
+    match details["type"]:
+        case "int_type" | "int_from_float":
+            return "must be a whole number"
+        case "float_type" | "float_parsing":
+            return "must be a number"
+        case "finite_number":
+            return "must be a finite number"
+        case "bool_type":
+            return "must be true or false"
+        case "string_type":
+            return 'must be a text (quote it: "…")'
+        case "path_type":
+            return "must be a path"
+        case "list_type":
+            return "must be a list"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return "must be a map of keys"
+        case "literal_error":
+            return f"must be one of {context['expected'].replace(chr(39), '')}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']}"
+        case "greater_than":
+            return f"must be more than {context['gt']}"
+        case "less_than_equal":
+            return f"must be at most {context['le']}"
+        case "less_than":
+            return f"must be less than {context['lt']}"
+        case "multiple_of":
+            return f"must be a multiple of {context['multiple_of']}"
+        case "string_too_short":
+            return "must not be empty"
+        case "string_pattern_mismatch":
+            return 'must not hold any of \\ / : * ? " < > |'
+        case _:
+            return str(details["msg"])

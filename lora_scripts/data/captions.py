@@ -1,0 +1,36 @@
+"""The prompt that an image is trained with, put together from its caption. Pure functions."""
+
+from __future__ import annotations
+
+import re
+
+# Scripts that are written without spaces (or, as Korean, with endings joined to the word): a word
+# may begin and end anywhere in them, so a neighbour of one of these never extends a word.
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f\u1780-\u17ff"  # Burmese, Khmer
+    "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han, kana, bopomofo
+    "\u1100-\u11ff\uac00-\ud7af"  # Hangul
+    "\uff66-\uff9f"  # half-width kana
+)
+_LETTER = rf"[^\W{_UNSPACED}]"
+
+
+def compose(caption: str, *, prefix: str, suffix: str, trigger_word: str | None) -> str:
+    """The prompt: `prefix + caption + suffix`, exactly as typed, no separator invented.
+
+    The trigger word is put in front, followed by ", ", if the composed text does not hold it yet
+    (as a whole word, upper and lower case alike; in scripts without spaces, anywhere). If the
+    composed text is blank, the prompt is the trigger word alone.
+    """
+    composed = prefix + caption + suffix
+    if trigger_word is None or _holds_word(composed, trigger_word):
+        return composed
+    return f"{trigger_word}, {composed}" if composed.strip() else trigger_word
+
+
+def _holds_word(text: str, word: str) -> bool:
+    word = word.casefold()
+    before = rf"(?<!{_LETTER})" if re.match(_LETTER, word) else ""
+    after = rf"(?!{_LETTER})" if re.match(_LETTER, word[-1:]) else ""
+    return re.search(before + re.escape(word) + after, text.casefold()) is not None

@@ -1,0 +1,1 @@
+"""From adapters in memory to files other programs read, checked after writing."""

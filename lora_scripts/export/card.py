@@ -1,0 +1,126 @@
+"""The model card of a run: README.md with command, data, curve, samples and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_scripts.config import Config
+from lora_scripts.files import write_text
+
+CURVE_WIDTH, CURVE_HEIGHT = 640, 240
+CURVE_POINTS = 200  # the training loss is averaged down to about this many points
+
+
+def write(config: Config, config_name: str, record: Mapping[str, Any]) -> None:
+    """Write README.md and loss.svg into the run's folder, from its metrics.jsonl and samples/."""
+    folder = config.output_dir
+    rows = _metrics(folder / "metrics.jsonl")
+    write_text(folder / "loss.svg", _curve(rows))
+    write_text(folder / "README.md", _card(config, config_name, record, _samples(folder)))
+
+
+def _card(
+    config: Config, config_name: str, record: Mapping[str, Any], samples: Sequence[str]
+) -> str:
+    losses = record["held_out_loss"]
+    trigger = f"\nTrigger word: `{config.trigger_word}`\n" if config.trigger_word else ""
+    measured = (
+        f"| held-out loss, first → last | {losses['first']:.5f} → {losses['last']:.5f} |\n"
+        if losses
+        else ""
+    )
+    pictures = "\n".join(f"![{name}](samples/{name})" for name in samples)
+    return f"""# {config.output_name}
+
+A LoRA for `{config.base_model}`, made by lora-scripts.
+{trigger}
+## Use
+
+| program | how |
+|---|---|
+| AUTOMATIC1111, Forge, SD.Next | copy `{config.output_name}.safetensors` to `models/Lora`; \
+`<lora:{config.output_name}:0.8>` in the prompt |
+| ComfyUI | copy `{config.output_name}.safetensors` to `models/loras`; Load LoRA node |
+| diffusers | `pipeline.load_lora_weights("{config.output_dir.as_posix()}")` |
+
+## Training
+
+`python train.py --config {config_name}` (every key as it was: `config.yaml`)
+
+| | |
+|---|---|
+| data | {record["data"]} |
+| trainable | {record["trainable"]} |
+| rank, alpha | {config.lora_rank}, {config.lora_alpha:g} |
+| steps | {record["steps"]} |
+| learning rate | {config.learning_rate:g}, {config.lr_scheduler} |
+| batch | {config.batch_size} × {config.gradient_accumulation_steps} accumulated |
+{measured}| device, precision | {record["device"]}, {record["precision"]} |
+| this run took | {record["seconds"]:.0f} s |
+
+![loss](loss.svg)
+
+## Samples
+
+{pictures or "No `sample_prompts` were configured."}
+"""
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _samples(folder: Path) -> list[str]:
+    """The sample pictures of the first and of the last round."""
+    names = sorted(path.name for path in (folder / "samples").glob("step-*.png"))
+    if not names:
+        return []
+    ends = {names[0].split("_")[0], names[-1].split("_")[0]}
+    return [name for name in names if name.split("_")[0] in ends]
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Training loss (averaged) and held-out loss over the steps, as an SVG picture."""
+    training = _averaged([(r["step"], r["loss"]) for r in rows if r.get("loss") is not None])
+    held_out = [(r["step"], r["eval_loss"]) for r in rows if r.get("eval_loss") is not None]
+    values = [value for _, value in training + held_out]
+    if not values:
+        values = [0.0]
+    low, high = min(values), max(values)
+    steps = max((step for step, _ in training + held_out), default=1) or 1
+
+    def line(points: Sequence[tuple[float, float]], colour: str) -> str:
+        spots = " ".join(
+            f"{40 + step / steps * (CURVE_WIDTH - 60):.1f},"
+            f"{CURVE_HEIGHT - 30 - (value - low) / ((high - low) or 1) * (CURVE_HEIGHT - 60):.1f}"
+            for step, value in points
+        )
+        return f'<polyline points="{spots}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{CURVE_WIDTH}" '
+            f'height="{CURVE_HEIGHT}" font-family="sans-serif" font-size="11">',
+            f'<rect width="{CURVE_WIDTH}" height="{CURVE_HEIGHT}" fill="white"/>',
+            line(training, "#9bb7d4"),
+            line(held_out, "#c0392b"),
+            f'<text x="4" y="34">{high:.3g}</text>',
+            f'<text x="4" y="{CURVE_HEIGHT - 26}">{low:.3g}</text>',
+            f'<text x="40" y="{CURVE_HEIGHT - 8}">step 0</text>',
+            f'<text x="{CURVE_WIDTH - 70}" y="{CURVE_HEIGHT - 8}">step {steps}</text>',
+            '<text x="200" y="16" fill="#6b8cae">training loss</text>',
+            '<text x="320" y="16" fill="#c0392b">held-out loss</text>',
+            "</svg>\n",
+        ]
+    )
+
+
+def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    group = max(1, len(points) // CURVE_POINTS)
+    return [
+        (part[-1][0], sum(value for _, value in part) / len(part))
+        for part in (points[i : i + group] for i in range(0, len(points), group))
+    ]

@@ -1,0 +1,84 @@
+"""Image LoRA files: written, read back, checked; their metadata.
+
+One layout serves diffusers, AUTOMATIC1111 and ComfyUI. It stands under two names, with the same
+bytes: `pytorch_lora_weights.safetensors`, which diffusers looks for, and `NAME.safetensors`, the
+name typed in a prompt, `<lora:NAME:0.8>`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_scripts.errors import WorkError
+from lora_scripts.export import keys
+from lora_scripts.files import replace, sync
+from lora_scripts.models.lora import AdaptedLayer
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write_lora(
+    path: Path,
+    adapters: Mapping[str, Sequence[AdaptedLayer]],
+    name: keys.Namer,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write one LoRA file atomically, then read it back and compare every tensor.
+
+    Raises:
+        WorkError: if a value does not fit `dtype` or the file does not hold what was written.
+    """
+    tensors = keys.webui(adapters, name, dtype)
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise WorkError(f"{path}: {key} holds values that are not finite in {dtype}")
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(tensors, temporary, metadata={**metadata, "format": "pt"})
+    sync(temporary)
+    replace(temporary, path)
+    verify(path, tensors)
+
+
+def verify(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare a file with what should be in it: every key, shape, dtype, alpha and value.
+
+    Raises:
+        WorkError: naming the first differences.
+    """
+    with safe_open(path, framework="pt") as stored:
+        found = set(stored.keys())
+        differences = [f"{key} is missing" for key in sorted(set(expected) - found)]
+        differences += [f"{key} is not expected" for key in sorted(found - set(expected))]
+        for key in sorted(found & set(expected)):
+            tensor = stored.get_tensor(key)
+            if tensor.dtype != expected[key].dtype or not torch.equal(tensor, expected[key]):
+                differences.append(f"{key} differs")
+    if differences:
+        raise WorkError(f"{path} is not what was written: {'; '.join(differences[:5])}")
+
+
+def write_twice(
+    folder: Path,
+    output_name: str,
+    adapters: Mapping[str, Sequence[AdaptedLayer]],
+    name: keys.Namer,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> list[Path]:
+    """The LoRA of a finished run under both its names. Returns the paths."""
+    prompt_path = folder / f"{output_name}.safetensors"
+    diffusers_path = folder / DIFFUSERS_NAME
+    write_lora(prompt_path, adapters, name, dtype, metadata)
+    temporary = folder / f"{DIFFUSERS_NAME}.tmp"
+    shutil.copyfile(prompt_path, temporary)
+    replace(temporary, diffusers_path)
+    verify(diffusers_path, keys.webui(adapters, name, dtype))
+    return [diffusers_path, prompt_path]

@@ -1,0 +1,123 @@
+"""The files of an image run: the ready file in a checkpoint, the finished pair, and the proof.
+
+The proof is a fresh model, read from the base again, with the file loaded by diffusers' own
+reader: its output must be the trained model's at the file's precision.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from lora_scripts.config import Config
+from lora_scripts.errors import WorkError
+from lora_scripts.export import files
+from lora_scripts.models import lora
+from lora_scripts.models.family import ImageFamily
+from lora_scripts.tasks.diffusion import DiffusionTask
+from lora_scripts.training.checkpoint import Position
+
+TOLERANCE = 1e-5  # of the output's largest value, both computed in float32 on one device
+
+
+def metadata(
+    task: DiffusionTask, config: Config, position: Position, started: float
+) -> dict[str, str]:
+    """The header of a LoRA file, in the field names that the WebUIs show and search."""
+    return {
+        **task.metadata(),
+        "ss_output_name": config.output_name,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.lora_rank),
+        "ss_network_alpha": str(config.lora_alpha),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_optimizer": config.optimizer,
+        "ss_batch_size_per_device": str(config.batch_size),
+        "ss_gradient_accumulation_steps": str(config.gradient_accumulation_steps),
+        "ss_steps": str(position.step),
+        "ss_max_train_steps": str(config.max_train_steps or position.step),
+        "ss_num_epochs": str(config.epochs),
+        "ss_epoch": str(position.epochs_done),
+        "ss_seed": str(config.seed),
+        "ss_min_snr_gamma": str(config.min_snr_gamma),
+        "ss_mixed_precision": config.mixed_precision,
+        "ss_training_started_at": str(int(started)),
+        "ss_training_finished_at": str(int(time.time())),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": config.output_name,
+        "modelspec.implementation": "diffusers",
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()),
+        "modelspec.trigger_phrase": config.trigger_word or "",
+    }
+
+
+def write_checkpoint_file(
+    task: DiffusionTask, config: Config, started: float, folder: Path, position: Position
+) -> list[Path]:
+    """The adapter as it is, ready to be tried in any program: `NAME-000100.safetensors`."""
+    path = folder / f"{config.output_name}-{position.step:06d}.safetensors"
+    files.write_lora(
+        path,
+        {name: lora.layers(module) for name, module in task.adapted.items()},
+        task.family.webui_name,
+        files.DTYPES[config.save_dtype],
+        metadata(task, config, position, started)
+        | {"ss_output_name": path.stem, "modelspec.title": path.stem},
+    )
+    return [path]
+
+
+def write_finished(
+    task: DiffusionTask, config: Config, started: float, position: Position
+) -> list[Path]:
+    """The finished LoRA under its two names."""
+    return files.write_twice(
+        config.output_dir,
+        config.output_name,
+        {name: lora.layers(module) for name, module in task.adapted.items()},
+        task.family.webui_name,
+        files.DTYPES[config.save_dtype],
+        metadata(task, config, position, started),
+    )
+
+
+def reference_output(family: ImageFamily, dtype: torch.dtype) -> torch.Tensor:
+    """The denoiser's output on fixed inputs, with the adapters rounded to `dtype`.
+
+    Turns the model to float32; nothing must be trained with it afterwards.
+    """
+    for component in family.targets:
+        lora.round_to(family.adapted[component], dtype)
+    return output_on_fixed_inputs(family)
+
+
+def check_reload(reference: torch.Tensor, fresh: ImageFamily, path: Path) -> float:
+    """Load `path` (a file or the run's folder) on a freshly read model, compare with `reference`.
+
+    Returns the largest difference of the outputs.
+
+    Raises:
+        WorkError: if the file does not give the trained model back.
+    """
+    for module in fresh.adapted.values():
+        module.float()
+    fresh.load_loras([(path, 1.0)])
+    difference = (output_on_fixed_inputs(fresh) - reference).abs().max().item()
+    if not difference <= TOLERANCE * reference.abs().max().item():
+        raise WorkError(
+            f"{path}: read back by diffusers it does not give the trained model "
+            f"(outputs differ by {difference:.3g})"
+        )
+    return difference
+
+
+def output_on_fixed_inputs(family: ImageFamily) -> torch.Tensor:
+    """One forward pass in float32 on a small fixed latent and conditioning."""
+    for module in family.adapted.values():
+        module.float().eval()
+    with torch.no_grad():
+        return family.probe().float().cpu()

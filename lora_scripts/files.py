@@ -1,0 +1,43 @@
+"""Writing files so that they are there whole or not at all, on every system."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+REPLACE_TRIES = 10
+REPLACE_WAIT_SECONDS = 0.05
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename over `target`. On Windows a virus scanner may hold a file for a moment: try again."""
+    for attempt in range(REPLACE_TRIES):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if attempt == REPLACE_TRIES - 1:
+                raise
+            time.sleep(REPLACE_WAIT_SECONDS * 2**attempt)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with \\n line ends, atomically."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Have the operating system put a file's bytes (or a folder's entries) on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder; its renames are journalled
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

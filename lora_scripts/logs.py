@@ -1,0 +1,57 @@
+"""Where log lines go: the console, and a run's run.log. Set up by the command line, not at import."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PACKAGE = "lora_scripts"
+
+
+class _ConsoleFormat(logging.Formatter):
+    """The bare message; a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return f"Warning: {message}" if record.levelno >= logging.WARNING else message
+
+
+def set_up_console() -> None:
+    """Show this package's messages. A console that cannot write a character shows `?` for it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    logger = logging.getLogger(PACKAGE)
+    if logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_ConsoleFormat("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def quiet_libraries() -> None:
+    """No progress bars and chatter of the libraries between our own lines."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def file_log(path: Path) -> Iterator[None]:
+    """Within this context everything said is also written to `path`, with time and level."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger(PACKAGE)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,1 @@
+"""Model families: recognise, load, encode, predict; and the LoRA attached to them."""

@@ -1,0 +1,74 @@
+"""Where a base model lies: a local path first, else the Hugging Face Hub or a mirror of it.
+
+A mirror is named by the environment variable HF_ENDPOINT, an offline machine by HF_HUB_OFFLINE=1;
+huggingface_hub reads both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from lora_scripts.errors import user_error
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+# What an SD pipeline needs: configs, tokenizers, safetensors weights; no pickles, no copies.
+WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.model")
+UNWANTED = ("*non_ema*", "*.fp16.*", "*.bf16.*", "safety_checker/*", "*flax*", "*openvino*")
+
+
+def local_path(base_model: str) -> Path | None:
+    """The path that `base_model` names, or None if it has the form of a hub id.
+
+    Raises:
+        UserError: if it has the form of a path and nothing is there.
+    """
+    path = Path(base_model).expanduser()
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(base_model) and not base_model.lower().endswith(FILE_SUFFIXES):
+        return None
+    raise user_error(base_model, f"no such file or folder{_nearest(path)}")
+
+
+def fetch(hub_id: str) -> Path:
+    """The hub's files of a diffusers pipeline in the local cache, downloaded if need be.
+
+    Raises:
+        UserError: if the model cannot be had: offline, unknown, or closed to this user.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+        )
+    except GatedRepoError:
+        what = "the hub asks for your consent: accept the model's terms there, then `hf auth login`"
+    except RepositoryNotFoundError:
+        what = (
+            "no such folder here and no such model on the hub (or it is private: `hf auth login`)"
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        what = (
+            f"no such folder here, and the hub cannot be reached ({reason}). Offline, name a "
+            "folder or a .safetensors file; behind a mirror, set HF_ENDPOINT to its address"
+        )
+    raise user_error(hub_id, what)
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent} either"
+    names = [entry.name for entry in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

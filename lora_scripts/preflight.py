@@ -1,0 +1,121 @@
+"""Everything that can be known before a GPU is used: paths, data rows, the model's kind, CUDA."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_scripts.config import Dataset, Draft
+from lora_scripts.data import records, validate
+from lora_scripts.errors import Problem, UserError, user_error
+from lora_scripts.models import hub, signature
+
+CUDA_INSTALL = (
+    "python -m pip install --force-reinstall torch==2.13.0 "
+    "--index-url https://download.pytorch.org/whl/cu126"
+)
+
+Row = tuple[records.Record, Dataset]
+
+
+def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
+    """Read everything the config names: the rows of the data, and every problem found.
+
+    Works on a config with mistakes too, so that all are answered at once. Needs no torch.
+    """
+    problems = list(draft.problems)
+    problems += _base_model(draft)
+    problems += _output(draft)
+    rows: list[Row] = []
+    for location, dataset in _datasets(draft):
+        if not dataset.path.is_dir():
+            what = f"found {dataset.path}, {_no_folder(dataset.path)}"
+            problems.append(Problem(draft.source.where(*location), what))
+            continue
+        found, trouble = records.read_images(dataset.path, dataset.metadata_path)
+        problems += trouble
+        rows += [(record, dataset) for record in found]
+    problems += validate.check([record for record, _ in rows])
+    return rows, problems
+
+
+def environment(device: str) -> None:
+    """Refuse an NVIDIA card with a torch that cannot use it.
+
+    Raises:
+        UserError: with the line to type.
+    """
+    import torch
+
+    if device == "cpu" or torch.version.cuda is not None or not _has_nvidia_card():
+        return
+    what = (
+        "this machine has an NVIDIA card, but the installed torch is a build for the CPU only. "
+        f"Type:\n  {CUDA_INSTALL}\nor set device: cpu in the config to train without the card"
+    )
+    raise user_error("torch", what)
+
+
+def _has_nvidia_card() -> bool:
+    if platform.system() == "Windows":
+        return shutil.which("nvidia-smi") is not None
+    return Path("/proc/driver/nvidia/gpus").is_dir() and shutil.which("nvidia-smi") is not None
+
+
+def _base_model(draft: Draft) -> list[Problem]:
+    base_model = draft.values.get("base_model")
+    if not isinstance(base_model, str) or not base_model:
+        return []
+    try:
+        path = hub.local_path(base_model)
+        if path is not None:
+            signature.read_signature(path)
+    except UserError as error:
+        where = draft.source.where("base_model")
+        return [Problem(where, f"{p.where}: {p.what}", severity=p.severity) for p in error.problems]
+    return []
+
+
+def _output(draft: Draft) -> list[Problem]:
+    """The output folder, or the nearest folder above it, must be one that can be written to."""
+    value = draft.values.get("output_dir")
+    if not isinstance(value, str) or not value:
+        return []
+    nearest = Path(value)
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    where = draft.source.where("output_dir")
+    if not nearest.is_dir():
+        return [Problem(where, f"found {value}, but {nearest} is a file, not a folder")]
+    if not os.access(nearest, os.W_OK):
+        return [Problem(where, f"found {value}, but {nearest} cannot be written to")]
+    return []
+
+
+def _datasets(draft: Draft) -> list[tuple[tuple[str | int, ...], Dataset]]:
+    """The datasets that the config names, with the key of each; also of a config with mistakes."""
+    if draft.config is not None:
+        if draft.config.train_data_dir is not None:
+            return [(("train_data_dir",), draft.config.all_datasets()[0])]
+        return [(("datasets", i, "path"), data) for i, data in enumerate(draft.config.datasets)]
+    values: dict[str, Any] = draft.values
+    folder, metadata = values.get("train_data_dir"), values.get("metadata_path")
+    if not isinstance(folder, str) or not isinstance(metadata, str | None):
+        return []
+    return [(("train_data_dir",), Dataset(path=folder, metadata_path=metadata))]  # type: ignore[arg-type]
+
+
+def _no_folder(path: Path) -> str:
+    if path.exists():
+        return "but that is a file, not a folder"
+    if not path.parent.is_dir():
+        return f"but there is no such folder, nor {path.parent}"
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return "but there is no such folder" + (
+        f"; did you mean {path.parent / near[0]}?" if near else ""
+    )

@@ -1,0 +1,1 @@
+"""What is trained: the meeting point of data, model and loss, behind one protocol."""

@@ -1,0 +1,65 @@
+"""The protocol between the training loop and what it trains, and the one place that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+Split = Literal["train", "validation"]
+Indices = tuple[int, ...]  # the samples of one micro-batch
+Batch = Mapping[str, Any]
+
+
+class Loss(NamedTuple):
+    """`total`: weighted sum of the items' losses (scalar). `count`: the sum of the weights.
+
+    Sums, not means: gradients of several micro-batches (or processes) are added and divided once
+    by the global count, so that accumulation changes nothing but memory.
+    """
+
+    total: torch.Tensor
+    count: float
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the random choices in a loss follow from, together with each sample's index.
+
+    A training position (`split="train"`, its epoch) or a fixed evaluation (`"validation"`, 0).
+    """
+
+    seed: int
+    split: Split
+    epoch: int
+
+
+class Task(Protocol):
+    """What the loop knows of images or texts: nothing but this."""
+
+    @property
+    def adapted(self) -> Mapping[str, nn.Module]:
+        """The modules that carry adapters, by name: {"unet": …}."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Hashes of what a run must find unchanged to go on: {"data": …, "base_model": …}."""
+
+    def plan(self, key: Key) -> Sequence[Indices]:
+        """The order of all micro-batches of an epoch. Pure, cheap; its length gives the steps."""
+
+    def load(self, indices: Indices, key: Key) -> Batch:
+        """The data of one micro-batch on the CPU. Stateless: may run in another thread."""
+
+    def loss(self, batch: Batch, key: Key) -> Loss:
+        """The loss of a micro-batch; its noise follows from `key` and the samples' indices."""
+
+    def sample(self, key: Key) -> Mapping[str, Image | str]:
+        """Something to look at, by name: the configured prompts, drawn with the model as it is."""
+
+    def metadata(self) -> dict[str, str]:
+        """What goes into every exported file: base model, targets, trigger word, data."""

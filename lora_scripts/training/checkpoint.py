@@ -1,0 +1,218 @@
+"""Checkpoints: written whole or not at all, verified by checksums, rotated, read without pickle.
+
+A checkpoint is a folder `step-000100` with
+
+    training.safetensors   adapters in float32 and the optimizer's state
+    NAME-000100.safetensors  the adapter as a ready file in the final layout
+    state.json             where the run stands, its config, checksums of the other files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_scripts.data.cache import file_hash
+from lora_scripts.errors import UserError, user_error
+from lora_scripts.files import replace, sync, write_text
+
+FORMAT_VERSION = 1
+FOLDER_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: everything that is not a function of the config."""
+
+    step: int = 0  # optimizer steps taken
+    epochs_done: int = 0
+    batches_done: int = 0  # micro-batches taken of the epoch under way
+    samples: int = 0  # samples seen since the start
+
+
+@dataclass(frozen=True)
+class State:
+    """What `state.json` holds."""
+
+    position: Position
+    total_steps: int
+    precision: str
+    scaler: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    config: Mapping[str, Any]
+    fingerprint: Mapping[str, str]
+
+
+def write(
+    folder: Path,
+    state: State,
+    tensors: Mapping[str, torch.Tensor],
+    write_adapter: Callable[[Path], list[Path]],
+    limit: int | None,
+) -> Path:
+    """Write `folder/step-NNNNNN`, then remove the oldest beyond `limit`. Returns its path."""
+    name = f"step-{state.position.step:06d}"
+    temporary = folder / f".{name}.tmp"
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    save_file(dict(tensors), temporary / "training.safetensors")
+    write_adapter(temporary)
+    files = sorted(path for path in temporary.iterdir())
+    for path in files:
+        sync(path)
+    text = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            **asdict(state),
+            "sha256": {path.name: file_hash(path) for path in files},
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+    write_text(temporary / "state.json", text)
+    sync(temporary)
+    target = folder / name
+    if target.exists():
+        shutil.rmtree(target)
+    replace(temporary, target)
+    sync(folder)
+    for old in listed(folder)[:-limit] if limit else []:
+        _remove(old)
+    return target
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def read_state(checkpoint: Path) -> State:
+    """Read and verify a checkpoint's state.
+
+    Raises:
+        UserError: if a file is missing or does not match its checksum, or the format is unknown.
+    """
+    try:
+        text = (checkpoint / "state.json").read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (OSError, ValueError) as error:
+        what = f"is no usable checkpoint: {error}"
+        raise user_error(str(checkpoint / "state.json"), what) from None
+    if values.get("format_version") != FORMAT_VERSION:
+        what = f"has format_version {values.get('format_version')}; this version reads 1"
+        raise user_error(str(checkpoint / "state.json"), what)
+    for name, expected in values["sha256"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise user_error(str(path), "is missing from the checkpoint")
+        if file_hash(path) != expected:
+            raise user_error(
+                str(path), "is damaged: its checksum is not the one noted in state.json"
+            )
+    return State(
+        position=Position(**values["position"]),
+        **{key: values[key] for key in State.__dataclass_fields__ if key != "position"},
+    )
+
+
+def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose checksums hold; damaged ones are named aloud and passed over.
+
+    Raises:
+        UserError: if there are checkpoints but none is good. A run never starts anew in silence.
+    """
+    checkpoints = listed(folder)
+    problems = []
+    for checkpoint in reversed(checkpoints):
+        try:
+            read_state(checkpoint)
+        except UserError as error:
+            problems += error.problems
+            say(f"Checkpoint {checkpoint.name} is not usable, trying the one before: {error}")
+            continue
+        return checkpoint
+    if problems:
+        raise UserError(problems)
+    return None
+
+
+def pack(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Adapters and optimizer as named tensors, and the optimizer's plain numbers.
+
+    `parameters` must be in the order in which the optimizer was given them.
+    """
+    tensors = {f"adapter.{name}": p.detach().cpu() for name, p in parameters.items()}
+    numbers: dict[str, Any] = {"state": {}, "groups": []}
+    saved = optimizer.state_dict()
+    for index, name in enumerate(parameters):
+        for field, value in saved["state"].get(index, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{name}.{field}"] = value.detach().cpu()
+            else:
+                numbers["state"].setdefault(name, {})[field] = value
+    for group in saved["param_groups"]:
+        numbers["groups"].append({k: v for k, v in group.items() if k != "params"})
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, numbers
+
+
+def unpack(
+    checkpoint: Path,
+    state: State,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put a checkpoint's adapters and optimizer state back.
+
+    Raises:
+        UserError: if the checkpoint belongs to other layers or another rank.
+    """
+    tensors = load_file(checkpoint / "training.safetensors")
+    adapters = {
+        n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")
+    }
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    if {name: tuple(t.shape) for name, t in adapters.items()} != shapes:
+        what = "its adapters do not have the layers and shapes of this config"
+        raise user_error(str(checkpoint), what)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(adapters[name])
+    entries: dict[int, dict[str, Any]] = {}
+    for index, name in enumerate(parameters):
+        prefix = f"optimizer.{name}."
+        entries[index] = dict(state.optimizer["state"].get(name, {})) | {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+        }
+    indices = iter(range(len(parameters)))
+    groups = [
+        {**saved, "params": [next(indices) for _ in group["params"]]}
+        for saved, group in zip(state.optimizer["groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(
+        {"state": {i: e for i, e in entries.items() if e}, "param_groups": groups}
+    )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a stop in the middle leaves no half of it under its name."""
+    grave = checkpoint.with_name(f".{checkpoint.name}.removed-{os.getpid()}")
+    replace(checkpoint, grave)
+    shutil.rmtree(grave)

@@ -1,0 +1,32 @@
+"""The held-out loss: the same samples, timesteps and noise every time, so that it is comparable."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_scripts.device import Compute
+from lora_scripts.tasks.task import Batch, Key, Task
+
+
+def held_out_loss(task: Task, seed: int, compute: Compute) -> float:
+    """Mean loss over the validation plan, without dropout and without gradients."""
+    key = Key(seed, "validation", 0)
+    total, count = 0.0, 0.0
+    for module in task.adapted.values():
+        module.eval()
+    with torch.no_grad():
+        for indices in task.plan(key):
+            batch = to_device(task.load(indices, key), compute.device)
+            with compute.autocast():
+                loss = task.loss(batch, key)
+            total += loss.total.item()
+            count += loss.count
+    return total / count
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,140 @@
+"""What a run tells: a progress bar, TensorBoard, metrics.jsonl. All get the same numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from lora_scripts.files import write_text
+
+logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 15.0  # where there is no terminal to draw a bar on
+
+
+class RunLog:
+    """Writes one run's numbers. `first_step` is the step a resumed run goes on from.
+
+    What an interrupted run had written after that step is cut off, so that no step stands twice.
+    """
+
+    def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
+        self.folder = folder
+        self.metrics_path = folder / "metrics.jsonl"
+        cut_back(self.metrics_path, first_step)
+        self._metrics = self.metrics_path.open("a", encoding="utf-8", newline="\n")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(),
+            disable=not Console().is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "training", total=total_steps, completed=first_step, numbers=""
+        )
+        self._total_steps = total_steps
+        self._started = time.monotonic()
+        self._last_line = self._started
+        self._first_step = first_step
+
+    def __enter__(self) -> RunLog:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        self._metrics.close()
+        self._board.close()
+
+    def step(
+        self, step: int, numbers: Mapping[str, float], group_norms: Mapping[str, float]
+    ) -> None:
+        """One optimizer step: `numbers` into every place, `group_norms` into TensorBoard."""
+        self._write({"step": step, **numbers})
+        for name in ("loss", "learning_rate", "grad_norm"):
+            self._board.add_scalar(f"train/{name}", numbers[name], step)
+        for name, norm in group_norms.items():
+            self._board.add_scalar(f"grad_norm/{name}", norm, step)
+        rate = (step - self._first_step) / max(1e-9, time.monotonic() - self._started)
+        shown = f"loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.1e}  {rate:.2f} it/s"
+        self._bar.update(self._task, completed=step, numbers=shown)
+        if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            left = (self._total_steps - step) / rate
+            logger.info("step %d/%d  %s  %.0f s left", step, self._total_steps, shown, left)
+            self._last_line = time.monotonic()
+
+    def evaluation(self, step: int, eval_loss: float) -> None:
+        """One held-out measurement."""
+        self._write({"step": step, "eval_loss": eval_loss})
+        self._board.add_scalar("eval/loss", eval_loss, step)
+        logger.info("step %d: held-out loss %.5f", step, eval_loss)
+
+    def histograms(self, step: int, gradients: Mapping[str, torch.Tensor]) -> None:
+        """The distribution of the gradients of every adapter matrix."""
+        for name, gradient in gradients.items():
+            self._board.add_histogram(f"gradients/{name}", gradient.float().cpu().numpy(), step)
+
+    def samples(self, step: int, samples: Mapping[str, Image | str]) -> None:
+        """What the model makes now: into samples/ and TensorBoard."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        for name, sample in samples.items():
+            if isinstance(sample, str):
+                write_text(folder / f"step-{step:06d}_{name}.txt", sample)
+                self._board.add_text(f"samples/{name}", sample, step)
+            else:
+                sample.save(folder / f"step-{step:06d}_{name}.png")
+                self._board.add_image(
+                    f"samples/{name}", np.asarray(sample), step, dataformats="HWC"
+                )
+
+    def flush(self) -> None:
+        """Everything written so far is in the files."""
+        self._metrics.flush()
+        self._board.flush()
+
+    def _write(self, row: Mapping[str, float]) -> None:
+        self._metrics.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+        self._metrics.flush()
+
+
+def cut_back(metrics_path: Path, last_step: int) -> None:
+    """Drop the rows of metrics.jsonl after `last_step`, a torn last row included."""
+    if not metrics_path.is_file():
+        return
+    kept = []
+    for line in metrics_path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the row that was being written when the run was stopped
+            continue
+        if row["step"] <= last_step:
+            kept.append(line)
+    write_text(metrics_path, "".join(f"{line}\n" for line in kept))

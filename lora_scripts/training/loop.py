@@ -1,0 +1,300 @@
+"""The training loop. It knows a `Task`, never which one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lora_scripts.config import Config
+from lora_scripts.device import Compute
+from lora_scripts.errors import WorkError
+from lora_scripts.models import lora
+from lora_scripts.randomness import seed_of
+from lora_scripts.tasks.task import Batch, Indices, Key, Task
+from lora_scripts.training import checkpoint, optim
+from lora_scripts.training.checkpoint import Position, State
+from lora_scripts.training.evaluate import held_out_loss, to_device
+from lora_scripts.training.log import RunLog
+
+logger = logging.getLogger(__name__)
+
+TOTAL_SCALE = 2.0**-7  # keeps an fp16 backward of a sum over many items from overflowing
+PREFETCHED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    position: Position
+    total_steps: int
+    interrupted: bool
+    losses: Mapping[str, float]  # held-out loss: "first" and "last" of this run
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its micro-batches and where the run stands after it."""
+
+    key: Key
+    micro_batches: Sequence[Indices]
+    after: Position
+    ends_epoch: bool
+
+
+def train(
+    task: Task,
+    config: Config,
+    compute: Compute,
+    folder: Path,
+    write_adapter: Callable[[Path, Position], list[Path]],
+    start: tuple[Path, State] | None,
+) -> Outcome:
+    """Train `task` as `config` says, from the beginning or from a checkpoint.
+
+    Args:
+        folder: the run's folder; checkpoints, metrics, TensorBoard and samples go below it.
+        write_adapter: writes the adapter as it is as a ready file into a folder.
+        start: a checkpoint and its verified state.
+
+    Raises:
+        WorkError: if the loss or a gradient is not finite.
+    """
+    parameters = {
+        f"{component}.{name}": parameter
+        for component, module in task.adapted.items()
+        for name, parameter in lora.trainable(module).items()
+    }
+    optimizer = optim.OPTIMIZERS[config.optimizer](parameters.values(), config)
+    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+    position = Position()
+    if start is not None:
+        checkpoint.unpack(*start, parameters, optimizer)
+        scaler.load_state_dict(dict(start[1].scaler))
+        position = start[1].position
+    total_steps = count_steps(task, config)
+
+    def save(position: Position) -> None:
+        log.flush()
+        tensors, numbers = checkpoint.pack(parameters, optimizer)
+        state = State(
+            position=position,
+            total_steps=total_steps,
+            precision=compute.precision,
+            scaler=scaler.state_dict(),
+            optimizer=numbers,
+            config=config.model_dump(mode="json"),
+            fingerprint=task.fingerprint,
+        )
+        path = checkpoint.write(
+            folder / "checkpoints",
+            state,
+            tensors,
+            lambda target: write_adapter(target, position),
+            config.save_total_limit,
+        )
+        logger.info("step %d: checkpoint %s", position.step, path)
+
+    def look(step: int, *, sampling: bool, measuring: bool) -> None:
+        for module in task.adapted.values():
+            module.eval()
+        if measuring:
+            losses["last"] = held_out_loss(task, config.seed, compute)
+            losses.setdefault("first", losses["last"])
+            log.evaluation(step, losses["last"])
+        if sampling:
+            log.samples(step, task.sample(Key(config.seed, "validation", 0)))
+
+    losses: dict[str, float] = {}
+    with RunLog(folder, position.step, total_steps) as log, stop_signals() as stopped:
+        if position.step == 0:
+            look(0, sampling=True, measuring=True)
+        for step, batches in prefetched(task, steps(task, config, position, total_steps)):
+            # ---------------------------------------------------------------- the training step
+            for module in task.adapted.values():
+                module.train()
+            for group in optimizer.param_groups:
+                group["lr"] = optim.learning_rate(config, step.after.step - 1, total_steps)
+            total, count, seen = 0.0, 0.0, position.samples
+            for indices, batch in zip(step.micro_batches, batches, strict=True):
+                with seeded_dropout(config, seen, compute), compute.autocast():
+                    loss = task.loss(to_device(batch, compute.device), step.key)
+                scaler.scale(loss.total * TOTAL_SCALE).backward()
+                total, count, seen = (
+                    total + loss.total.detach(),
+                    count + loss.count,
+                    seen + len(indices),
+                )
+            scaler.unscale_(optimizer)
+            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+            torch._foreach_mul_(list(gradients.values()), 1.0 / (count * TOTAL_SCALE))
+            norm = get_total_norm(gradients.values())
+            if config.max_grad_norm:
+                clip_grads_with_norm_(parameters.values(), config.max_grad_norm, norm)
+            scaler.step(optimizer)
+            scaler.update()
+            # ------------------------------------------------------------- noted, looked at, saved
+            position = step.after
+            numbers = {
+                "epoch": step.key.epoch + 1,
+                "loss": float(total) / count,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "grad_norm": float(norm),
+                "samples": position.samples,
+            }
+            refuse_nonfinite(numbers, position.step, step, scaler)
+            log.step(position.step, numbers, group_norms(gradients))
+            if position.step % config.histogram_steps == 0:
+                log.histograms(position.step, gradients)
+            optimizer.zero_grad(set_to_none=True)
+            last = position.step == total_steps
+            look(
+                position.step,
+                sampling=last or position.step % config.sample_steps == 0,
+                measuring=last or position.step % config.eval_steps == 0,
+            )
+            if last or stopped.is_set() or due(config, step):
+                save(position)
+            if stopped.is_set():
+                break
+    for module in task.adapted.values():
+        module.eval()
+    return Outcome(position, total_steps, position.step < total_steps, losses)
+
+
+def steps_of_epoch(task: Task, config: Config, epoch: int) -> int:
+    """Optimizer steps of an epoch; the last one may hold fewer micro-batches."""
+    plan = task.plan(Key(config.seed, "train", epoch))
+    return math.ceil(len(plan) / config.gradient_accumulation_steps)
+
+
+def count_steps(task: Task, config: Config) -> int:
+    """Optimizer steps of the whole run: the epochs, or the cap `max_train_steps`."""
+    total = sum(steps_of_epoch(task, config, epoch) for epoch in range(config.epochs))
+    return min(total, config.max_train_steps or total)
+
+
+def steps(task: Task, config: Config, start: Position, total_steps: int) -> Iterator[Step]:
+    """The optimizer steps from `start` on: each takes the next micro-batches of the plan."""
+    position = start
+    for epoch in range(start.epochs_done, config.epochs):
+        key = Key(config.seed, "train", epoch)
+        plan = task.plan(key)
+        while position.epochs_done == epoch and position.step < total_steps:
+            first = position.batches_done
+            micro_batches = plan[first : first + config.gradient_accumulation_steps]
+            ends_epoch = first + len(micro_batches) == len(plan)
+            position = Position(
+                step=position.step + 1,
+                epochs_done=epoch + 1 if ends_epoch else epoch,
+                batches_done=0 if ends_epoch else first + len(micro_batches),
+                samples=position.samples + sum(len(indices) for indices in micro_batches),
+            )
+            yield Step(key, micro_batches, position, ends_epoch)
+
+
+def prefetched(task: Task, steps: Iterator[Step]) -> Iterator[tuple[Step, Iterator[Batch]]]:
+    """Each step with its batches, read in a thread a few micro-batches ahead of their use."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
+        for step in steps:
+            futures = [pool.submit(task.load, i, step.key) for i in step.micro_batches]
+            waiting.append((step, futures))
+            while sum(len(futures) for _, futures in waiting) > PREFETCHED_BATCHES:
+                yield _results(waiting.popleft())
+        while waiting:
+            yield _results(waiting.popleft())
+
+
+def _results(entry: tuple[Step, list[Future[Batch]]]) -> tuple[Step, Iterator[Batch]]:
+    step, futures = entry
+    return step, (future.result() for future in futures)
+
+
+def seeded_dropout(
+    config: Config, samples_seen: int, compute: Compute
+) -> AbstractContextManager[None]:
+    """LoRA dropout reads the global generator: seed it by the samples seen, and leave no trace."""
+    if not config.lora_dropout:
+        return nullcontext()
+    return _global_seed(seed_of(config.seed, "dropout", samples_seen), compute)
+
+
+@contextmanager
+def _global_seed(seed: int, compute: Compute) -> Iterator[None]:
+    devices = [compute.device] if compute.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def group_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Gradient norms by part of the model, e.g. `unet.down_blocks.0`."""
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, gradient in gradients.items():
+        groups.setdefault(".".join(name.split(".")[:3]), []).append(gradient)
+    norms = torch.stack([get_total_norm(group) for group in groups.values()]).tolist()
+    return dict(zip(groups, norms, strict=True))
+
+
+def refuse_nonfinite(
+    numbers: Mapping[str, float], step_number: int, step: Step, scaler: torch.amp.GradScaler
+) -> None:
+    """Stop at a loss or gradient that is no number. fp16 overflow is the scaler's to mend.
+
+    Raises:
+        WorkError: naming the step and its samples.
+    """
+    overflowed = scaler.is_enabled() and scaler.get_scale() >= 1.0
+    if math.isfinite(numbers["loss"]) and (math.isfinite(numbers["grad_norm"]) or overflowed):
+        return
+    samples = [index for indices in step.micro_batches for index in indices]
+    raise WorkError(
+        f"step {step_number}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']} "
+        f"(samples {samples} of epoch {step.key.epoch + 1}). Nothing was saved after the last "
+        "checkpoint. Usual causes: a learning_rate that is too high, or fp16 where "
+        "mixed_precision: bf16 or no would do."
+    )
+
+
+def due(config: Config, step: Step) -> bool:
+    """Whether a checkpoint belongs after this step."""
+    if config.save_steps and step.after.step % config.save_steps == 0:
+        return True
+    every = config.save_every_epochs
+    return bool(every and step.ends_epoch and step.after.epochs_done % every == 0)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, so that the step ends and is saved; a second one kills."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: object) -> None:
+        logger.warning("Stopping after this step; press Ctrl-C again to stop at once.")
+        stopped.set()
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in before:
+        signal.signal(kind, stop)
+    try:
+        yield stopped
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -54,7 +54,11 @@ def _byte_symbols() -> list[str]:
 
 
 def packaged_config(part: str) -> dict[str, Any]:
-    """The config of the published SD 1.5: "unet", "vae", "text_encoder" or "scheduler"."""
+    """SD 1.5's config of one part: "unet", "vae", "text_encoder" or "scheduler".
+
+    As published, but for the text encoder's special tokens, which are CLIP's true ids here (the
+    published 0, 2 and 1 are wrong, and changed nothing that SD 1.x uses).
+    """
     text = (files("lora_scripts.models") / "sd1" / f"{part}.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)
     return config

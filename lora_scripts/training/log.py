@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +122,8 @@ class RunLog:
         self._board.flush()
 
     def _write(self, row: Mapping[str, float]) -> None:
+        """One row; JSON has no infinity, so a gradient norm that overflowed is null."""
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._metrics.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
         self._metrics.flush()
 

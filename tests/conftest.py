@@ -1,0 +1,26 @@
+"""What several tests share: toy models are made once a session; no test reaches a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy SD1.x model (noise prediction) as a diffusers folder."""
+    from tests import toys
+
+    return toys.save_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures of 64 pixels with captions."""
+    from tests import toys
+
+    return toys.save_pictures(tmp_path_factory.mktemp("data") / "squares")

@@ -1,0 +1,161 @@
+"""The image task: formulas against diffusers and by hand, randomness as a function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from lora_scripts.tasks.diffusion import diffuse, min_snr_weight
+from lora_scripts.tasks.task import Key
+from tests import runs, toys
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_noise_and_velocity_are_those_of_diffusers(zero_snr: bool) -> None:
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+        rescale_betas_zero_snr=zero_snr,
+    )  # fmt: skip
+    latents_BCHW, noise_BCHW = torch.randn(2, 3, 4, 8, 8)
+    timesteps_B = torch.tensor([0, 500, 999])
+    signal_B = scheduler.alphas_cumprod[timesteps_B]
+    noisy, velocity = diffuse(latents_BCHW, noise_BCHW, signal_B, "v_prediction")
+    torch.testing.assert_close(noisy, scheduler.add_noise(latents_BCHW, noise_BCHW, timesteps_B))
+    torch.testing.assert_close(
+        velocity, scheduler.get_velocity(latents_BCHW, noise_BCHW, timesteps_B)
+    )
+    assert torch.equal(diffuse(latents_BCHW, noise_BCHW, signal_B, "epsilon")[1], noise_BCHW)
+
+
+def test_min_snr_weights_by_hand() -> None:
+    # snr = 1, 9, 99 and, at zero terminal SNR, 0
+    signal_B = torch.tensor([0.5, 0.9, 0.99, 0.0], dtype=torch.float64)
+    expected_epsilon = torch.tensor([1.0, 5 / 9, 5 / 99, 1.0], dtype=torch.float64)
+    expected_v = torch.tensor([1 / 2, 5 / 10, 5 / 100, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(min_snr_weight(signal_B, 5.0, "epsilon"), expected_epsilon)
+    torch.testing.assert_close(min_snr_weight(signal_B, 5.0, "v_prediction"), expected_v)
+
+
+def test_loss_is_a_sum_over_items_that_does_not_depend_on_the_batch(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    task, _, _ = runs.task(sd_folder, pictures, tmp_path)
+    key = Key(7, "train", 3)
+    together = task.loss(task.load((0, 1, 2, 3), key), key)
+    alone = [task.loss(task.load((index,), key), key) for index in range(4)]
+    assert together.count == 4
+    total = sum(loss.total.item() for loss in alone)
+    assert together.total.item() == pytest.approx(total, rel=1e-5)
+    other_epoch = Key(7, "train", 4)
+    other = task.loss(task.load((0, 1, 2, 3), other_epoch), other_epoch)
+    assert other.total.item() != pytest.approx(together.total.item(), rel=1e-3)
+
+
+def test_the_latents_are_the_vaes(sd_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """The cached mean and deviation, scaled, are what diffusers' VAE gives for the pixels."""
+    from diffusers import AutoencoderKL
+
+    from lora_scripts.data.images import pixels_of
+
+    task, _, _ = runs.task(sd_folder, pictures, tmp_path)
+    vae = AutoencoderKL.from_pretrained(str(sd_folder / "vae"))
+    pixels_BCHW = pixels_of(task.train_set.at(2), mirrored=False)[None]
+    with torch.no_grad():
+        expected = vae.encode(pixels_BCHW).latent_dist
+    batch = task.load((2,), Key(0, "train", 0))
+    torch.testing.assert_close(batch["mean"], expected.mean * vae.config.scaling_factor)
+    torch.testing.assert_close(batch["std"], expected.std * vae.config.scaling_factor)
+
+
+def test_flip_and_caption_dropout_follow_from_the_key_alone(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    task, _, _ = runs.task(
+        sd_folder, pictures, tmp_path, random_flip=True, caption_dropout=0.25, repeats=40
+    )
+    plain, _, _ = runs.task(sd_folder, pictures, tmp_path, repeats=40)
+    key = Key(7, "train", 0)
+    empty = task.prompts.read(task._prompt_key(""))["embedding"]
+    views = range(len(task.train_set))
+    loaded = [task.load((view,), key) for view in views]
+    again = [task.load((view,), key) for view in views]
+    assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(loaded, again, strict=True))
+    dropped = sum(torch.equal(batch["conditioning.embedding"][0], empty) for batch in loaded)
+    assert dropped / len(views) == pytest.approx(0.25, abs=0.08)
+    unflipped = [plain.load((view,), key)["mean"] for view in views]
+    flipped = sum(
+        not torch.equal(batch["mean"], other)
+        for batch, other in zip(loaded, unflipped, strict=True)
+    )
+    assert flipped / len(views) == pytest.approx(0.5, abs=0.1)
+
+
+def test_validation_is_the_same_every_time_and_spread_over_the_schedule(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    task, _, _ = runs.task(
+        sd_folder, pictures, tmp_path, validation_split=0.34, random_flip=True, caption_dropout=0.9
+    )
+    assert len(task.train_set.pictures) == 4
+    assert len(task.validation_set.pictures) == 2
+    names = {p.record.path.name for p in task.train_set.pictures}
+    assert names.isdisjoint(p.record.path.name for p in task.validation_set.pictures)
+    key = Key(7, "validation", 0)
+    views = range(len(task.validation_set))
+    timesteps = sorted(task._draw(view, key, torch.Size([4, 8, 8]))[2] for view in views)
+    assert len(views) == 32
+    assert timesteps[0] < 32 and timesteps[-1] > 968
+    assert max(b - a for a, b in zip(timesteps, timesteps[1:], strict=False)) <= 32
+    batch = task.load(tuple(views), key)
+    assert torch.equal(task.loss(batch, key).total, task.loss(batch, key).total)
+
+
+def test_a_plan_shows_every_view_once_in_an_order_of_its_epoch(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    data = toys.save_pictures(tmp_path / "data", count=5)
+    toys.save_pictures(tmp_path / "wide", count=0)
+    task, _, _ = runs.task(sd_folder, data, tmp_path, repeats=3, batch_size=4)
+    first, second = (task.plan(Key(1, "train", epoch)) for epoch in (0, 1))
+    assert sorted(view for batch in first for view in batch) == list(range(15))
+    assert first != second
+    assert first == task.plan(Key(1, "train", 0))
+
+
+def test_a_changed_file_or_setting_is_encoded_again_and_nothing_else(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    data = toys.save_pictures(tmp_path / "data", count=4)
+    entries = tmp_path / "cache" / "latents-v1"
+    task, _, _ = runs.task(sd_folder, data, tmp_path)
+    first = {path: path.stat().st_mtime_ns for path in entries.rglob("*.safetensors")}
+    assert len(first) == 4
+    runs.task(sd_folder, data, tmp_path)
+    assert first == {path: path.stat().st_mtime_ns for path in entries.rglob("*.safetensors")}
+
+    toys.save_pictures(tmp_path / "other", count=4, seed=9)
+    (tmp_path / "other" / "img01.png").replace(data / "img01.png")
+    runs.task(sd_folder, data, tmp_path)
+    second = {path: path.stat().st_mtime_ns for path in entries.rglob("*.safetensors")}
+    assert len(second) == 5 and first.items() <= second.items()
+
+    runs.task(sd_folder, data, tmp_path, random_flip=True)
+    assert len(list(entries.rglob("*.safetensors"))) == 9
+    runs.task(sd_folder, data, tmp_path, resolution=128)
+    assert len(list(entries.rglob("*.safetensors"))) == 13
+
+
+def test_captions_get_prefix_trigger_and_suffix_and_keep_lora_names(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    data = toys.save_pictures(tmp_path / "data", count=1)
+    text = "file_name,text\nimg00.png,\"a cat <lora:style_v1>\"\n"
+    (data / "metadata.csv").write_text(text, encoding="utf-8")
+    task, _, _ = runs.task(
+        sd_folder, data, tmp_path,
+        trigger_word="zwx", caption_prefix="photo of ", caption_suffix=", sharp",
+    )  # fmt: skip
+    assert task.train_set.at(0).caption == "zwx, photo of a cat <lora:style_v1>, sharp"

@@ -10,20 +10,56 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lora_scripts import yaml_source
 from lora_scripts.errors import Problem, UserError, user_error
 
 FORMAT_VERSION = 1
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+COMMAND_LINE, NOWHERE = 10**9, 10**9 + 1  # sorted behind every line of a file
 
-PathField = Annotated[Path, Field(strict=False)]
-PositiveInt = Annotated[int, Field(ge=1)]
+
+def _usable_path(path: str) -> str:
+    """No text that is a path by accident, or that a later step would stumble over."""
+    if not path.strip():
+        raise ValueError("must not be empty")
+    if CONTROL_CHARACTER.search(path):
+        raise ValueError(
+            "must be a path without control characters; in double quotes a backslash is an "
+            "escape: write / or use single quotes"
+        )
+    return path
+
+
+def _in_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"must be a path; {error}") from None
+
+
+PathField = Annotated[
+    Path,
+    Field(strict=False),
+    BeforeValidator(lambda value: _usable_path(value) if isinstance(value, str) else value),
+    AfterValidator(_in_home),
+]
+PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -55,7 +91,9 @@ class SamplePrompt(Section):
     steps: PositiveInt = Field(25, description="Denoising steps.")
     width: PositiveInt | None = Field(None, description="Pixels; by default `resolution`.")
     height: PositiveInt | None = Field(None, description="Pixels; by default `resolution`.")
-    seed: int | None = Field(None, ge=0, description="Noise seed; by default the run's `seed`.")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="Noise seed; by default the run's `seed`."
+    )
 
 
 def _prompt_from_text(value: Any) -> Any:
@@ -76,9 +114,9 @@ class ImageConfig(Section):
     )
 
     # --- what goes in
-    base_model: str = Field(
+    base_model: Annotated[str, AfterValidator(_usable_path)] = Field(
         min_length=1,
-        description="Hub id, diffusers folder, or .safetensors file in the original layout (SD1.x).",
+        description="Hub id, diffusers folder, or .safetensors file in the original SD1.x layout.",
     )
     train_data_dir: PathField | None = Field(
         None, description="Folder of pictures; short for one entry in `datasets`."
@@ -97,10 +135,11 @@ class ImageConfig(Section):
     )
 
     # --- pictures and captions
-    resolution: int = Field(512, ge=64, description="Side of a square picture, in pixels.")
+    resolution: int = Field(512, ge=64, le=8192, description="Side of a square picture, in pixels.")
     bucket_step: int = Field(
         64,
         ge=8,
+        le=8192,
         multiple_of=8,
         description="Sides of the aspect-ratio buckets are multiples of it.",
     )
@@ -141,7 +180,7 @@ class ImageConfig(Section):
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Course of the learning rate after the warm-up."
     )
-    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    lr_warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients are clipped to this norm; 0 switches clipping off."
@@ -179,6 +218,7 @@ class ImageConfig(Section):
         default_factory=lambda data: data["output_dir"].resolve().name,
         min_length=1,
         max_length=100,
+        validate_default=True,
         pattern=r'^[^\\/:*?"<>|\x00-\x1f]+$',
         description="Name typed in a prompt, <lora:NAME:0.8>; default: the output folder's name.",
     )
@@ -195,30 +235,14 @@ class ImageConfig(Section):
     resume: str = Field(
         "auto",
         min_length=1,
-        description="auto: go on where the output folder stands; never: start anew; or a checkpoint.",
+        description="auto: go on where the folder stands; never: start anew; or a checkpoint.",
     )
 
     @model_validator(mode="after")
-    def _data_named_once(self) -> ImageConfig:
-        if self.train_data_dir is None and not self.datasets:
-            raise ValueError("train_data_dir: missing; name the folder of your pictures")
-        if self.train_data_dir is not None and self.datasets:
-            raise ValueError("datasets: stands beside train_data_dir; give one of the two")
-        if self.datasets and self.metadata_path is not None:
-            raise ValueError("metadata_path: belongs to train_data_dir; name it in the datasets")
-        if self.datasets and all(data.role != "train" for data in self.datasets):
-            raise ValueError("datasets: none of them has the role train")
-        if self.validation_split and any(data.role == "validation" for data in self.datasets):
-            raise ValueError("validation_split: a dataset has the role validation already")
-        return self
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> ImageConfig:
-        if self.resolution % self.bucket_step:
-            raise ValueError(
-                f"resolution: found {self.resolution}, must be a multiple of bucket_step "
-                f"({self.bucket_step})"
-            )
+    def _keys_fit_together(self) -> ImageConfig:
+        misfits = [f"{key}: {what}" for key, what in _misfits(self.model_dump())]
+        if misfits:
+            raise ValueError("\n".join(misfits))
         return self
 
     def all_datasets(self) -> list[Dataset]:
@@ -227,9 +251,35 @@ class ImageConfig(Section):
             return self.datasets
         return [
             Dataset(
-                path=self.train_data_dir, metadata_path=self.metadata_path, repeats=self.repeats
+                path=self.train_data_dir,
+                metadata_path=self.metadata_path,
+                repeats=self.repeats,
+                role="train",
             )
         ]
+
+
+def _misfits(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys that are right each alone and wrong together; keys not in `values` are not judged."""
+    if {"train_data_dir", "datasets"} <= values.keys():
+        folder, datasets = values["train_data_dir"], values["datasets"]
+        roles = {data.get("role", "train") for data in datasets}
+        if folder is None and not datasets:
+            yield "train_data_dir", "missing; name the folder of your pictures"
+        if folder is not None and datasets:
+            yield "datasets", "stands beside train_data_dir; give one of the two"
+        if datasets and values.get("metadata_path") is not None:
+            yield "metadata_path", "belongs to train_data_dir; name it in the datasets"
+        if datasets and values.get("repeats", 1) != 1:
+            yield "repeats", "belongs to train_data_dir; name it in the datasets"
+        if datasets and "train" not in roles:
+            yield "datasets", "none of them has the role train"
+        if values.get("validation_split") and "validation" in roles:
+            yield "validation_split", "a dataset has the role validation already"
+    if {"resolution", "bucket_step"} <= values.keys():
+        resolution, step = values["resolution"], values["bucket_step"]
+        if resolution % step:
+            yield "resolution", f"found {resolution}, must be a multiple of bucket_step ({step})"
 
 
 Config = ImageConfig  # a union discriminated by task_type once there is more than one task
@@ -274,11 +324,13 @@ class Source:
         return f"{self.name}: {key}"
 
     def line(self, location: Sequence[str | int]) -> int:
-        """The line of the innermost part of `location` that was written; 0 if none was."""
+        """The line of the innermost part of `location` that was written, to sort by."""
+        if location and location[0] in self.overridden:
+            return COMMAND_LINE
         for length in range(len(location), 0, -1):
             if tuple(location[:length]) in self.lines:
                 return self.lines[tuple(location[:length])]
-        return 0
+        return NOWHERE
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -300,26 +352,56 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Draft:
     problems = list(document.problems)
     overridden = set()
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            problems.append(Problem(f"command line: {override}", "must have the form key=value"))
+        key, equals, text = (part.strip() for part in override.partition("="))
+        if not equals or not key:
+            problem = Problem(f"command line: {override}", "must have the form key=value")
+            problems.append((COMMAND_LINE, problem))
             continue
+        overridden.add(key)
         try:
-            document.values[key.strip()] = yaml_source.parse_value(text, f"command line: {key}")
+            document.values[key] = yaml_source.parse_value(text, f"command line: {key}")
         except UserError as error:
-            problems += error.problems
-        overridden.add(key.strip())
+            problems += [(COMMAND_LINE, problem) for problem in error.problems]
     source = Source(str(path), document.lines, frozenset(overridden))
+    config, values, findings = _check(document.values, source)
+    spoilt = {line for line, _ in problems}  # by a tag, say: not to be told twice
+    problems += [finding for finding in findings if finding[0] not in spoilt - {COMMAND_LINE}]
+    problems.sort(key=lambda placed: placed[0])
+    return Draft(config, [problem for _, problem in problems], values, source)
+
+
+def _check(
+    values: dict[str, Any], source: Source
+) -> tuple[Config | None, dict[str, Any], list[tuple[int, Problem]]]:
+    """The config if `values` are valid; the values that are; what is wrong, each with its line."""
     try:
-        config = ImageConfig.model_validate(document.values)
+        return ImageConfig.model_validate(values), values, []
     except ValidationError as error:
-        findings = sorted(error.errors(), key=lambda details: source.line(details["loc"]))
-        for details in findings:
-            problems += _explain(details, source)
-        wrong = {details["loc"][0] for details in findings if details["loc"]}
-        passed = {key: value for key, value in document.values.items() if key not in wrong}
-        return Draft(None, problems, passed, source)
-    return Draft(config, problems, document.values, source)
+        findings = error.errors()
+    wrong = {finding["loc"][0] for finding in findings if finding["loc"]}
+    passed = {key: value for key, value in values.items() if key not in wrong}
+    meant = {_nearest_key(finding["loc"]) for finding in findings} - {None}
+    problems = []
+    for finding in findings:
+        location = finding["loc"]
+        if finding["type"] == "missing" and location in meant:
+            continue  # a mistyped key beside it says so already
+        if location:  # else: misfits, which are looked for below in any case
+            problems += [(source.line(location), found) for found in _explain(finding, source)]
+    defaults = {key: value for key, value in _defaults().items() if key not in wrong}
+    for key, what in _misfits({**defaults, **passed}):
+        if (key,) not in meant:
+            problems.append((source.line((key,)), Problem(source.where(key), what)))
+    return None, passed, problems
+
+
+def _defaults() -> dict[str, Any]:
+    """What a key is when it is left out; without the keys that follow from others."""
+    return {
+        name: field.get_default(call_default_factory=True)
+        for name, field in ImageConfig.model_fields.items()
+        if not field.is_required() and not field.default_factory_takes_validated_data
+    }
 
 
 def dump(config: Config) -> str:
@@ -330,8 +412,23 @@ def dump(config: Config) -> str:
     writer = YAML(typ="rt")
     writer.width = 1000
     writer.allow_unicode = True
-    writer.dump(json.loads(config.model_dump_json()), stream)
+    writer.dump(_quoted(json.loads(config.model_dump_json())), stream)
     return stream.getvalue()
+
+
+def _quoted(value: Any) -> Any:
+    """Every text in double quotes: `no`, `.5e3` or a line end stay what they are."""
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    match value:
+        case dict():
+            return {key: _quoted(item) for key, item in value.items()}
+        case list():
+            return [_quoted(item) for item in value]
+        case str():
+            return DoubleQuotedScalarString(value)
+        case _:
+            return value
 
 
 def schema() -> dict[str, Any]:
@@ -371,11 +468,8 @@ def _explain(details: Any, source: Source) -> list[Problem]:
     match details["type"]:
         case "default_factory_not_called":  # follows from another finding
             return []
-        case "value_error" if not location:
-            key, _, what = str(details["ctx"]["error"]).partition(": ")
-            return [Problem(source.where(key), what)]
         case "extra_forbidden":
-            return [Problem(where, _unknown_key(str(location[-1]), location[:-1]))]
+            return [Problem(where, _unknown_key(location))]
         case "missing":
             return [Problem(where, f"missing; {_field_of(location)}")]
         case _:
@@ -396,12 +490,22 @@ def _field_of(location: Sequence[str | int]) -> str:
     return _section_at(location).model_fields[str(location[-1])].description or ""
 
 
-def _unknown_key(key: str, parent: Sequence[str | int]) -> str:
-    known = list(_section_at(parent).model_fields)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if near:
-        return f"unknown key; did you mean {near[0]}?"
+def _unknown_key(location: Sequence[str | int]) -> str:
+    near = _nearest_key(location)
+    if near is not None:
+        return f"unknown key; did you mean {near[-1]}?"
     return "unknown key; configs/schema.json lists every key"
+
+
+def _nearest_key(location: Sequence[str | int]) -> tuple[str | int, ...] | None:
+    """The key that was probably meant, if `location` is no key."""
+    if not location or not isinstance(location[-1], str):
+        return None
+    known = list(_section_at(location[:-1]).model_fields)
+    if location[-1] in known:
+        return None
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    return (*location[:-1], near[0]) if near else None
 
 
 def _shown(value: Any) -> str:
@@ -411,7 +515,8 @@ def _shown(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            return f'the text "{value}"' if len(value) < 80 else f'the text "{value[:77]}…"'
+            text = CONTROL_CHARACTER.sub(lambda match: repr(match[0])[1:-1], value[:80])
+            return f'the text "{text}"' if len(value) < 80 else f'the text "{text[:77]}…"'
         case list():
             return "a list"
         case dict():
@@ -438,9 +543,11 @@ def _allowed(details: Any) -> str:
         case "list_type":
             return "must be a list"
         case "model_type" | "dict_type" | "model_attributes_type":
-            return "must be a map of keys"
+            text_too = "a text or " if details["loc"][0] == "sample_prompts" else ""
+            return f"must be {text_too}a map of keys"
         case "literal_error":
-            return f"must be one of {context['expected'].replace(chr(39), '')}"
+            expected = context["expected"].replace("'", "")
+            return f"must be one of {expected}" if " or " in expected else f"must be {expected}"
         case "greater_than_equal":
             return f"must be at least {context['ge']}"
         case "greater_than":
@@ -453,6 +560,10 @@ def _allowed(details: Any) -> str:
             return f"must be a multiple of {context['multiple_of']}"
         case "string_too_short":
             return "must not be empty"
+        case "string_too_long":
+            return f"must have at most {context['max_length']} characters"
+        case "value_error":
+            return str(context["error"])
         case "string_pattern_mismatch":
             return 'must not hold any of \\ / : * ? " < > |'
         case _:

@@ -1,4 +1,4 @@
-"""Where log lines go: the console, and a run's run.log. Set up by the command line, not at import."""
+"""Where log lines go: the console, and a run's run.log. Set up by the command line."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _export(
     run_folder.write_record(config.output_dir, record)
     logger.info("Done in %.0f s. The LoRA, ready to be copied:", time.time() - began)
     for path in paths:
-        logger.info("  %s (%.1f MB)", path, path.stat().st_size / 1e6)
+        logger.info("  %s (%s)", path, _size(path.stat().st_size))
     logger.info("  in a WebUI prompt: <lora:%s:0.8>; in diffusers: load_lora_weights(%r)",
                 config.output_name, str(config.output_dir))  # fmt: skip
 
@@ -175,6 +175,10 @@ def _announce(task: DiffusionTask, config: Config, compute: Compute) -> None:
         )  # fmt: skip
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
+
+
 def _say_finished(config: Config, step: int) -> None:
     logger.info("This run is finished (step %d); nothing was done.", step)
     for name in (f"{config.output_name}.safetensors", "pytorch_lora_weights.safetensors"):
@@ -186,11 +190,18 @@ def _say_finished(config: Config, step: int) -> None:
 
 
 class _EncodingLog:
-    """Tells how the encoding goes: a line at the start, at every tenth and at the end."""
+    """Tells how the encoding goes: a line every few seconds and at the end."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._last_line = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if done == total or done == 1 or done % max(1, total // 10) == 0:
-            logger.info("Encoding %s: %d of %d", what, done, total)
+        now = time.monotonic()
+        if done == total or now - self._last_line >= self.SECONDS:
+            logger.info("Encoded for the cache: %d of %d %s", done, total, what)
+            self._last_line = now
 
 
 def _run_log(path: Path) -> Any:

@@ -32,12 +32,16 @@ def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
     problems += _output(draft)
     rows: list[Row] = []
     for location, dataset in _datasets(draft):
-        if not dataset.path.is_dir():
-            what = f"found {dataset.path}, {_no_folder(dataset.path)}"
+        trouble = _folder_trouble(dataset.path)
+        if trouble is not None:
+            what = f"found {dataset.path}, {trouble}"
             problems.append(Problem(draft.source.where(*location), what))
             continue
-        found, trouble = records.read_images(dataset.path, dataset.metadata_path)
-        problems += trouble
+        try:
+            found, row_problems = records.read_images(dataset.path, dataset.metadata_path)
+        except OSError as error:  # a name too long, a file that may not be read
+            found, row_problems = [], [Problem(str(error.filename), f"{error.strerror}")]
+        problems += row_problems
         rows += [(record, dataset) for record in found]
     problems += validate.check([record for record, _ in rows])
     return rows, problems
@@ -85,10 +89,13 @@ def _output(draft: Draft) -> list[Problem]:
     value = draft.values.get("output_dir")
     if not isinstance(value, str) or not value:
         return []
-    nearest = Path(value)
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = Path(value).expanduser()
     where = draft.source.where("output_dir")
+    try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+    except OSError as error:
+        return [Problem(where, f"found {value}, but it cannot be looked at: {error.strerror}")]
     if not nearest.is_dir():
         return [Problem(where, f"found {value}, but {nearest} is a file, not a folder")]
     if not os.access(nearest, os.W_OK):
@@ -104,9 +111,20 @@ def _datasets(draft: Draft) -> list[tuple[tuple[str | int, ...], Dataset]]:
         return [(("datasets", i, "path"), data) for i, data in enumerate(draft.config.datasets)]
     values: dict[str, Any] = draft.values
     folder, metadata = values.get("train_data_dir"), values.get("metadata_path")
-    if not isinstance(folder, str) or not isinstance(metadata, str | None):
-        return []
-    return [(("train_data_dir",), Dataset(path=folder, metadata_path=metadata))]  # type: ignore[arg-type]
+    if folder is None:
+        entries = enumerate(values.get("datasets", []))
+        return [(("datasets", i, "path"), Dataset.model_validate(data)) for i, data in entries]
+    return [
+        (("train_data_dir",), Dataset.model_validate({"path": folder, "metadata_path": metadata}))
+    ]
+
+
+def _folder_trouble(path: Path) -> str | None:
+    """Why `path` is no folder to read; None if it is one."""
+    try:
+        return None if path.is_dir() else _no_folder(path)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        return f"but it cannot be looked at: {error.strerror}"
 
 
 def _no_folder(path: Path) -> str:

@@ -39,7 +39,9 @@ def run(base: Path, data: Path, folder: Path, **changes: Any) -> tuple[int, Path
     return pipeline.run(path), folder / "output" / "toy"
 
 
-def task(base: Path, data: Path, folder: Path, **changes: Any) -> tuple[DiffusionTask, Config, Compute]:
+def task(
+    base: Path, data: Path, folder: Path, **changes: Any
+) -> tuple[DiffusionTask, Config, Compute]:
     """A task as the pipeline builds it: encoded, with its LoRA attached."""
     folder.mkdir(parents=True, exist_ok=True)
     path = toys.write_config(folder / "task.yaml", **values(base, data, folder, **changes))

@@ -42,9 +42,18 @@ class ImageFamily(Protocol):
     alphas_cumprod_T: torch.Tensor  # float32, the noise schedule after T training steps
     native_size: int  # side of the square pictures that the model was made for, in pixels
     pixel_multiple: int  # sides of a picture must be multiples of this
-    image_encoder_id: str  # content hash: same id, same latents
-    text_encoder_id: str
-    denoiser_id: str
+
+    @property
+    def image_encoder_id(self) -> str:
+        """A content hash: same id, same latents."""
+
+    @property
+    def text_encoder_id(self) -> str:
+        """A content hash: same id, same conditioning."""
+
+    @property
+    def denoiser_id(self) -> str:
+        """A content hash of the module that is trained, as it was before a LoRA."""
 
     def visiting(self, encoder: Encoder) -> AbstractContextManager[None]:
         """The encoder on the device within this context, back where it was after it."""

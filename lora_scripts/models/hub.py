@@ -12,7 +12,9 @@ from pathlib import Path
 
 from lora_scripts.errors import user_error
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# "owner/name" as the hub allows it: no "--", no "..", neither part ends with "-" or "."
+_NAME = r"[A-Za-z0-9](?:(?!--|\.\.)[\w.-]){0,94}(?<![.-])"
+HUB_ID = re.compile(rf"{_NAME}/{_NAME}(?<!\.git)", re.ASCII)
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 # What an SD pipeline needs: configs, tokenizers, safetensors weights; no pickles, no copies.
 WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.model")
@@ -25,8 +27,12 @@ def local_path(base_model: str) -> Path | None:
     Raises:
         UserError: if it has the form of a path and nothing is there.
     """
-    path = Path(base_model).expanduser()
-    if path.exists():
+    try:
+        path = Path(base_model).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not allowed; or no such home folder
+        raise user_error(base_model, f"cannot be looked at: {error}") from None
+    if there:
         return path
     if HUB_ID.fullmatch(base_model) and not base_model.lower().endswith(FILE_SUFFIXES):
         return None

@@ -37,7 +37,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lora_scripts.device import Compute
 from lora_scripts.errors import user_error
 from lora_scripts.models.family import Conditioning, DrawRequest, Encoder, Prediction
-from lora_scripts.models.sd_single_file import load_single_file
+from lora_scripts.models.sd_single_file import Parts, load_single_file
 from lora_scripts.models.signature import Signature
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -256,7 +256,7 @@ def content_id(module: nn.Module, *more: str) -> str:
     return digest.hexdigest()
 
 
-def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> dict[str, Any]:
+def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> Parts:
     def weights(cls: Any, part: str, dtype: torch.dtype) -> Any:
         return cls.from_pretrained(
             str(path / part),
@@ -286,17 +286,20 @@ def _load_scheduler(folder: Path) -> SchedulerMixin:
 
 
 def _prediction(scheduler: SchedulerMixin) -> Prediction:
-    found = scheduler.config.prediction_type
-    if found not in ("epsilon", "v_prediction"):
-        what = f"prediction_type is {found}; this version trains epsilon and v_prediction"
-        raise user_error("base_model: scheduler/scheduler_config.json", what)
-    return found
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return "epsilon"
+        case "v_prediction":
+            return "v_prediction"
+        case other:
+            what = f"prediction_type is {other}; this version trains epsilon and v_prediction"
+            raise user_error("base_model: scheduler/scheduler_config.json", what)
 
 
 def _noise_schedule(scheduler: SchedulerMixin) -> torch.Tensor:
     """The training schedule that belongs to a sampler's config (zero terminal SNR included)."""
-    training = DDPMScheduler.from_config(scheduler.config)
-    return training.alphas_cumprod.float()
+    alphas_cumprod_T: torch.Tensor = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    return alphas_cumprod_T.float()
 
 
 def _to_image(pixels_CHW: torch.Tensor) -> Image.Image:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -65,7 +65,7 @@ class Parts(TypedDict):
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
-    scheduler: PNDMScheduler
+    scheduler: SchedulerMixin
 
 
 def load_single_file(

@@ -124,10 +124,10 @@ class DiffusionTask:
         mean_BCHW, std_BCHW = batch["mean"], batch["std"]
         alphas_cumprod_T = self.family.alphas_cumprod_T.to(mean_BCHW.device)
         draws = [self._draw(index, key, mean_BCHW.shape[1:]) for index in batch["indices"]]
-        spread_BCHW, noise_BCHW = (
-            torch.stack([draw[i] for draw in draws]).to(mean_BCHW.device) for i in (0, 1)
-        )
-        timesteps_B = torch.tensor([draw[2] for draw in draws], device=mean_BCHW.device)
+        spreads, noises, timesteps = zip(*draws, strict=True)
+        spread_BCHW = torch.stack(spreads).to(mean_BCHW.device)
+        noise_BCHW = torch.stack(noises).to(mean_BCHW.device)
+        timesteps_B = torch.tensor(timesteps, device=mean_BCHW.device)
         latents_BCHW = mean_BCHW + std_BCHW * spread_BCHW
         signal_B = alphas_cumprod_T[timesteps_B]
         noisy_BCHW, target_BCHW = diffuse(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL.Image import Image
@@ -15,7 +15,8 @@ Indices = tuple[int, ...]  # the samples of one micro-batch
 Batch = Mapping[str, Any]
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """`total`: weighted sum of the items' losses (scalar). `count`: the sum of the weights.
 
     Sums, not means: gradients of several micro-batches (or processes) are added and divided once

@@ -123,8 +123,8 @@ class RunLog:
 
     def _write(self, row: Mapping[str, float]) -> None:
         """One row; JSON has no infinity, so a gradient norm that overflowed is null."""
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._metrics.write(json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._metrics.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
         self._metrics.flush()
 
 

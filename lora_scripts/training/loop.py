@@ -126,16 +126,15 @@ def train(
                 module.train()
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(config, step.after.step - 1, total_steps)
-            total, count, seen = 0.0, 0.0, position.samples
+            total = torch.zeros((), device=compute.device)
+            count, seen = 0.0, position.samples
             for indices, batch in zip(step.micro_batches, batches, strict=True):
                 with seeded_dropout(config, seen, compute), compute.autocast():
                     loss = task.loss(to_device(batch, compute.device), step.key)
-                scaler.scale(loss.total * TOTAL_SCALE).backward()
-                total, count, seen = (
-                    total + loss.total.detach(),
-                    count + loss.count,
-                    seen + len(indices),
-                )
+                torch.autograd.backward(scaler.scale(loss.total * TOTAL_SCALE))
+                total += loss.total.detach()
+                count += loss.count
+                seen += len(indices)
             scaler.unscale_(optimizer)
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             torch._foreach_mul_(list(gradients.values()), 1.0 / (count * TOTAL_SCALE))

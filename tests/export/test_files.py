@@ -139,9 +139,7 @@ def test_the_names_of_a_real_sd15_file_are_those_the_webuis_derive() -> None:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(packaged_config("unet"))
-    lora.attach(
-        unet, StableDiffusion.targets["unet"], rank=4, alpha=4, dropout=0, seed=0
-    )
+    lora.attach(unet, StableDiffusion.targets["unet"], rank=4, alpha=4, dropout=0, seed=0)
     paths = [
         path
         for path, module in unet.named_modules()

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import Tensor
 
 from lora_scripts.errors import UserError
 from lora_scripts.models.header import TensorInfo, read_header
@@ -28,13 +27,7 @@ from lora_scripts.models.sd_single_file import load_single_file
 from lora_scripts.models.signature import read_signature
 from tests.models import ldm_facts as facts
 from tests.models.ldm_facts import REAL, TOY
-
-Modules = dict[str, nn.Module]
-FACTS = {
-    "unet": facts.unet_facts(TOY),
-    "vae": facts.vae_facts(TOY),
-    "text_encoder": facts.text_facts(TOY),
-}
+from tests.models.ldm_toy import Modules, ldm_tensors, schedule, toy_modules
 
 
 @pytest.fixture(autouse=True)
@@ -47,68 +40,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def _toy_modules() -> Modules:
-    """Real classes at the widths of `TOY`, no two tensors alike."""
-    torch.manual_seed(0)
-    unet_widths = tuple(m * TOY.unet for m in TOY.unet_multipliers)
-    modules: Modules = {
-        "unet": UNet2DConditionModel(
-            block_out_channels=unet_widths, cross_attention_dim=TOY.text, attention_head_dim=8
-        ),
-        "vae": AutoencoderKL(
-            block_out_channels=tuple(m * TOY.vae for m in TOY.vae_multipliers),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=TOY.vae_layers,
-        ),
-        "text_encoder": CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=TOY.vocabulary,
-                hidden_size=TOY.text,
-                intermediate_size=4 * TOY.text,
-                num_hidden_layers=TOY.text_layers,
-                num_attention_heads=1,
-            )
-        ),
-    }
-    for module in modules.values():
-        module.requires_grad_(False).eval()
-        for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return modules
-
-
-def _schedule() -> dict[str, Tensor]:
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    known = {"betas": betas.float(), "alphas_cumprod": torch.cumprod(1 - betas, 0).float()}
-    return {name: known.get(name, torch.zeros(1000)) for name in facts.SCHEDULE}
-
-
-def _ldm_tensors(modules: Modules, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The whole v1-5-pruned file: weights, different EMA copies, position ids, schedule."""
-    tensors = {}
-    for part, module in modules.items():
-        state = module.state_dict()
-        assert sorted(state) == sorted(fact.module for fact in FACTS[part])
-        for fact in FACTS[part]:
-            tensors[fact.ldm] = state[fact.module].reshape(fact.shape).to(dtype)
-    for fact in FACTS["unet"]:
-        tensors[facts.ema_name(fact.ldm)] = tensors[fact.ldm] + 1
-    tensors["model_ema.decay"] = torch.tensor(0.9999)
-    tensors["model_ema.num_updates"] = torch.tensor(1, dtype=torch.int32)
-    tensors[facts.POSITION_IDS] = torch.arange(TOY.positions)[None]
-    return tensors | _schedule()
-
-
 @pytest.fixture(scope="module")
 def modules() -> Modules:
-    return _toy_modules()
+    return toy_modules()
 
 
 @pytest.fixture(scope="module")
 def full_file(modules: Modules, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ldm") / "toy-pruned.safetensors"
-    save_file(_ldm_tensors(modules), path)
+    save_file(ldm_tensors(modules), path)
     return path
 
 
@@ -163,7 +103,7 @@ def test_every_tensor_and_every_output_is_equal(modules: Modules, full_file: Pat
 
 def test_an_fp16_file_and_low_precisions(modules: Modules, tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
-    save_file(_ldm_tensors(modules, torch.float16), path)
+    save_file(ldm_tensors(modules, torch.float16), path)
     parts = load_single_file(path, torch.bfloat16)
     for part, module in modules.items():
         dtype = torch.bfloat16 if part == "unet" else torch.float32
@@ -365,9 +305,9 @@ def test_the_parts_make_a_pipeline_that_can_be_saved(full_file: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_the_real_file_at_real_size(tmp_path: Path) -> None:
-    schedule = {"alphas_cumprod": _schedule()["alphas_cumprod"].half().numpy().tobytes()}
+    filled = {"alphas_cumprod": schedule()["alphas_cumprod"].half().numpy().tobytes()}
     path = tmp_path / "v1-5-pruned.safetensors"
-    facts.write_zeros(path, facts.whole_file(REAL), schedule)
+    facts.write_zeros(path, facts.whole_file(REAL), filled)
     assert len(read_header(path)) == 1831
     parts = load_single_file(path, torch.float16, torch.float16)
     assert sum(p.numel() for p in parts["unet"].parameters()) == 859_520_964

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_validation_is_the_same_every_time_and_spread_over_the_schedule(
     timesteps = sorted(task._draw(view, key, torch.Size([4, 8, 8]))[2] for view in views)
     assert len(views) == 32
     assert timesteps[0] < 32 and timesteps[-1] > 968
-    assert max(b - a for a, b in zip(timesteps, timesteps[1:], strict=False)) <= 32
+    assert max(b - a for a, b in pairwise(timesteps)) <= 32
     batch = task.load(tuple(views), key)
     assert torch.equal(task.loss(batch, key).total, task.loss(batch, key).total)
 
@@ -130,7 +131,7 @@ def test_a_changed_file_or_setting_is_encoded_again_and_nothing_else(
 ) -> None:
     data = toys.save_pictures(tmp_path / "data", count=4)
     entries = tmp_path / "cache" / "latents-v1"
-    task, _, _ = runs.task(sd_folder, data, tmp_path)
+    runs.task(sd_folder, data, tmp_path)
     first = {path: path.stat().st_mtime_ns for path in entries.rglob("*.safetensors")}
     assert len(first) == 4
     runs.task(sd_folder, data, tmp_path)
@@ -152,7 +153,7 @@ def test_captions_get_prefix_trigger_and_suffix_and_keep_lora_names(
     sd_folder: Path, tmp_path: Path
 ) -> None:
     data = toys.save_pictures(tmp_path / "data", count=1)
-    text = "file_name,text\nimg00.png,\"a cat <lora:style_v1>\"\n"
+    text = 'file_name,text\nimg00.png,"a cat <lora:style_v1>"\n'
     (data / "metadata.csv").write_text(text, encoding="utf-8")
     task, _, _ = runs.task(
         sd_folder, data, tmp_path,

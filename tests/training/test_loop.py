@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_accumulation_does_the_same_as_one_big_batch(
     sd_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """Five pictures: the last micro-batch of an epoch is smaller, so a mean of means would differ."""
+    """Five pictures: the last micro-batch is smaller, so a mean of means would differ."""
     data = toys.save_pictures(tmp_path / "data", count=5)
     common: dict[str, Any] = {"save_dtype": "fp32", "epochs": 1, "max_grad_norm": 0}
     _, big = runs.run(sd_folder, data, tmp_path / "big", batch_size=5, **common)
@@ -111,8 +112,7 @@ def test_the_frozen_model_is_held_in_the_precision_and_the_lora_in_float32(
 ) -> None:
     task, _, compute = runs.task(sd_folder, pictures, tmp_path, mixed_precision=precision)
     dtypes = {
-        parameter.requires_grad: parameter.dtype
-        for parameter in task.adapted["unet"].parameters()
+        parameter.requires_grad: parameter.dtype for parameter in task.adapted["unet"].parameters()
     }
     assert dtypes == {False: compute.dtype, True: torch.float32}
 
@@ -136,9 +136,7 @@ def test_checkpointed_gradients_are_the_same(
 ) -> None:
     _, plain = runs.run(sd_folder, pictures, tmp_path / "plain")
     _, saved = runs.run(sd_folder, pictures, tmp_path / "saved", gradient_checkpointing=True)
-    assert runs.metrics(plain) == [
-        pytest.approx(row, rel=1e-4) for row in runs.metrics(saved)
-    ]
+    assert runs.metrics(plain) == [pytest.approx(row, rel=1e-4) for row in runs.metrics(saved)]
 
 
 def test_steps_end_with_the_epochs_or_the_cap(
@@ -163,7 +161,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(
 
     def broken(task: DiffusionTask, batch: Batch, key: Key) -> Loss:
         loss = original(task, batch, key)
-        return loss._replace(total=loss.total * float("nan")) if key.epoch == 1 else loss
+        return replace(loss, total=loss.total * float("nan")) if key.epoch == 1 else loss
 
     monkeypatch.setattr(DiffusionTask, "loss", broken)
     with pytest.raises(WorkError, match=r"step 4: loss nan.*samples \[\d, \d\] of epoch 2"):

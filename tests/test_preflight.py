@@ -1,0 +1,184 @@
+"""What is known before a GPU is used: paths, rows, the base model's kind, CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_scripts import config, pipeline, preflight
+from lora_scripts.errors import UserError
+from tests.toys import save_pictures, write_config
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: `data/style_train` with six pictures and their captions."""
+    monkeypatch.chdir(tmp_path)
+    return save_pictures(Path("data/style_train"))
+
+
+def inputs(**values: object) -> list[str]:
+    """What the preflight says about a config with these keys."""
+    defaults = {"base_model": "someone/a-model", "train_data_dir": "data/style_train"}
+    file = write_config(Path("my.yaml"), **{**defaults, "output_dir": "output/x", **values})
+    _, problems = preflight.inputs(config.read(file))
+    return [str(problem) for problem in problems]
+
+
+def test_good_inputs(folder: Path) -> None:
+    file = write_config(
+        Path("my.yaml"),
+        base_model="someone/a-model",
+        train_data_dir="data/style_train",
+        output_dir="output/x",
+    )
+    rows, problems = preflight.inputs(config.read(file))
+    assert problems == []
+    assert len(rows) == 6
+    assert {dataset.path for _, dataset in rows} == {folder}
+    assert not Path("output").exists()  # looking changes nothing
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "what"),
+    [
+        (
+            "data/style_trian",
+            "found data/style_trian, but there is no such folder; did you mean data/style_train?",
+        ),
+        ("nowhere/style", "found nowhere/style, but there is no such folder, nor nowhere"),
+        ("data/style_train/img00.png", "but that is a file, not a folder"),
+        ("x" * 300, "but it cannot be looked at"),
+    ],
+)
+def test_data_folder_not_there(folder: Path, named: str, what: str) -> None:
+    (problem,) = inputs(train_data_dir=named)
+    assert problem.startswith("my.yaml line 2: train_data_dir: found ")
+    assert what in problem.replace("\\", "/")
+
+
+def test_each_dataset_is_looked_at_also_beside_a_mistake(folder: Path) -> None:
+    datasets = [{"path": "data/style_train"}, {"path": "data/other"}]
+    first, second = inputs(train_data_dir=None, datasets=datasets, lora_rnk=8)
+    assert first == "my.yaml line 5: lora_rnk: unknown key; did you mean lora_rank?"
+    assert second.startswith("my.yaml line 4: datasets.1.path: found data")
+
+
+@pytest.mark.parametrize("beyond", ["", "/deeper/still"])
+def test_output_under_a_file(folder: Path, beyond: str) -> None:
+    Path("taken").write_text("", encoding="utf-8")
+    (problem,) = inputs(output_dir=f"taken{beyond}")
+    what = f"my.yaml line 3: output_dir: found taken{beyond}, but taken is a file, not a folder"
+    assert problem == what
+
+
+def test_long_output_name(folder: Path) -> None:
+    (problem,) = inputs(output_dir="x" * 300, output_name="x")
+    assert "but it cannot be looked at" in problem
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def test_metadata_not_there(folder: Path) -> None:
+    (problem,) = inputs(metadata_path="data/style_train/captions.csv")
+    assert "captions.csv: there is no such file" in problem
+
+
+def test_damaged_picture(folder: Path) -> None:
+    (folder / "img01.png").write_bytes(b"no picture")
+    (problem,) = inputs()
+    assert "img01.png" in problem
+    assert "(metadata.csv line 3)" in problem
+
+
+def test_all_kinds_of_mistakes_in_one_answer(folder: Path) -> None:
+    with (folder / "metadata.csv").open("a", encoding="utf-8") as stream:
+        stream.write("img99.png,a picture that is not there\nimg00.png, a comma, no quotes\n")
+    file = Path("my.yaml")
+    file.write_text(
+        "base_model: ./models/v1-5.ckpt\n"
+        "train_data_dir: data/style_train\n"
+        "output_dir: my.yaml/x\n"
+        "lora_rnk: 8\n"
+        "batch_size: four\n",
+        encoding="utf-8",
+    )
+    Path("models").mkdir()
+    Path("models/v1-5.ckpt").write_bytes(b"\x80")
+    with pytest.raises(UserError) as caught:
+        pipeline.run(file)
+    expected = [
+        "my.yaml line 4: lora_rnk: unknown key; did you mean lora_rank?",
+        'my.yaml line 5: batch_size: found the text "four", must be a whole number',
+        "my.yaml line 1: base_model: models/v1-5.ckpt: a .ckpt file is a Python pickle",
+        "my.yaml line 3: output_dir: found my.yaml/x, but my.yaml is a file, not a folder",
+        "metadata.csv line 8: ",
+        "metadata.csv line 9: 3 fields found, expected 2",
+    ]
+    found = [str(problem).replace("\\", "/") for problem in caught.value.problems]
+    assert len(found) == len(expected)
+    for problem, start in zip(found, expected, strict=True):
+        assert problem.startswith(start)
+
+
+# --- base model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "MODEL.CKPT"])
+def test_pickles_are_refused_with_the_way_out(folder: Path, name: str) -> None:
+    Path(name).write_bytes(b"PK\x03\x04")
+    (problem,) = inputs(base_model=name)
+    assert problem.startswith("my.yaml line 1: base_model: ")
+    assert "is a Python pickle" in problem
+    assert "save it as .safetensors" in problem
+
+
+def test_base_model_not_there(folder: Path) -> None:
+    Path("models").mkdir()
+    Path("models/v1-5-pruned.safetensors").write_bytes(b"")
+    (problem,) = inputs(base_model="./models/v1-5-prunned.safetensors")
+    assert "no such file or folder; did you mean models/v1-5-pruned.safetensors?" in (
+        problem.replace("\\", "/")
+    )
+
+
+def test_an_empty_model_is_refused(folder: Path) -> None:
+    Path("model.safetensors").write_bytes(b"")
+    (problem,) = inputs(base_model="model.safetensors")
+    assert "the file is empty" in problem
+
+
+# --- CUDA ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Sets what the installed torch is built for; the machine's card is set by each test."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_nvidia_card_with_a_cpu_torch(torch_build: pytest.MonkeyPatch, device: str) -> None:
+    torch_build.setattr(preflight, "_has_nvidia_card", lambda: True)
+    with pytest.raises(UserError) as caught:
+        preflight.environment(device)
+    said = str(caught.value)
+    assert "NVIDIA card" in said
+    assert "--index-url https://download.pytorch.org/whl/cu126" in said
+    assert f"torch=={torch.__version__.partition('+')[0]} " in said  # the version that is pinned
+
+
+def test_nothing_to_say(torch_build: pytest.MonkeyPatch) -> None:
+    torch_build.setattr(preflight, "_has_nvidia_card", lambda: False)
+    preflight.environment("auto")
+    torch_build.setattr(preflight, "_has_nvidia_card", lambda: True)
+    preflight.environment("cpu")
+    torch_build.setattr(torch.version, "cuda", "12.6")
+    preflight.environment("auto")

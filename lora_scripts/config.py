@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -222,7 +222,9 @@ class ImageConfig(Section):
         pattern=r'^[^\\/:*?"<>|\x00-\x1f]+$',
         description="Name typed in a prompt, <lora:NAME:0.8>; default: the output folder's name.",
     )
-    save_steps: PositiveInt | None = Field(None, description="Steps between two checkpoints.")
+    save_steps: PositiveInt | None = Field(
+        500, description="Steps between two checkpoints; null saves at the end only."
+    )
     save_every_epochs: PositiveInt | None = Field(
         None, description="Epochs between two checkpoints."
     )
@@ -322,6 +324,12 @@ class Source:
             if location[:length] in self.lines:
                 return f"{self.name} line {self.lines[location[:length]]}: {key}"
         return f"{self.name}: {key}"
+
+    def locate(self, problem: Problem) -> Problem:
+        """A problem that names a key, found later in the run, with the key's place in the file."""
+        if problem.where not in ImageConfig.model_fields:
+            return problem
+        return replace(problem, where=self.where(problem.where))
 
     def line(self, location: Sequence[str | int]) -> int:
         """The line of the innermost part of `location` that was written, to sort by."""

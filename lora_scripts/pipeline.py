@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 from lora_scripts import __version__, preflight
 from lora_scripts import config as config_file
 from lora_scripts.config import Config
-from lora_scripts.errors import UserError
+from lora_scripts.errors import Problem, UserError
+from lora_scripts.logs import file_log, quiet_libraries
 
 if TYPE_CHECKING:  # heavy imports happen in `run`, after the config has been checked
     from lora_scripts.device import Compute
+    from lora_scripts.models.signature import Signature
+    from lora_scripts.run_folder import Start
     from lora_scripts.tasks.diffusion import DiffusionTask
     from lora_scripts.training.loop import Outcome
 
@@ -43,37 +46,45 @@ def run(config_path: Path, overrides: Sequence[str] = ()) -> int:
     if errors:
         raise UserError(errors)
     config = draft.checked()
+    try:
+        return _run(config, draft.source.name, rows, problems)
+    except UserError as error:
+        raise UserError([draft.source.locate(problem) for problem in error.problems]) from None
+
+
+def _run(
+    config: Config, config_name: str, rows: Sequence[preflight.Row], warnings: Sequence[Problem]
+) -> int:
     preflight.environment(config.device)
 
     from lora_scripts import run_folder
 
     with run_folder.in_use(config.output_dir):
         start = run_folder.decide(config)
-        with _run_log(config.output_dir / "run.log"):
-            for problem in problems:
-                logger.warning("%s", problem)
-            if start.finished and start.state is not None:
-                _say_finished(config, start.state.position.step)
+        with file_log(config.output_dir / "run.log"):
+            for warning in warnings:
+                logger.warning("%s", warning)
+            if start.finished:
+                _say_finished(config)
                 return EXIT_DONE
-            return _train(config, draft.source.name, rows, start)
+            return _train(config, config_name, rows, start)
 
 
-def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], start: Any) -> int:
+def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], start: Start) -> int:
     from lora_scripts import device, run_folder
     from lora_scripts.export import image as export
-    from lora_scripts.logs import quiet_libraries
     from lora_scripts.tasks import build
     from lora_scripts.training import loop
 
     quiet_libraries()
     began = time.time()
-    precision = start.state.precision if start.state else config.mixed_precision
+    precision = start.checkpoint[1].precision if start.checkpoint else config.mixed_precision
     compute = device.choose(config.device, precision)
     found = build.find_base(config.base_model)
     task = build.build(config, rows, found, compute)
-    if start.state is not None:
-        run_folder.refuse_other_inputs(start.checkpoint, start.state, task.fingerprint)
-        logger.info("Going on from %s", start.checkpoint)
+    if start.checkpoint is not None:
+        run_folder.refuse_other_inputs(*start.checkpoint, task.fingerprint)
+        logger.info("Going on from %s", start.checkpoint[0])
     task.encode(_EncodingLog())
     task.attach()
     _announce(task, config, compute)
@@ -84,7 +95,7 @@ def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], star
         compute,
         config.output_dir,
         partial(export.write_checkpoint_file, task, config, began),
-        (start.checkpoint, start.state) if start.state is not None else None,
+        start.checkpoint,
     )
     if outcome.interrupted:
         logger.warning(
@@ -103,7 +114,7 @@ def _export(
     config_name: str,
     compute: Compute,
     outcome: Outcome,
-    found: Any,
+    found: Signature,
     began: float,
 ) -> None:
     """Write the finished files, prove them on a freshly read model, write card and record."""
@@ -115,6 +126,7 @@ def _export(
     from lora_scripts.tasks import build
 
     paths = export.write_finished(task, config, began, outcome.position)
+    peak = _cuda_peak(compute)
     facts = {"trainable": lora.share(task.adapted), "data": task.describe()}
     fingerprint = dict(task.fingerprint)
     reference = export.reference_output(task.family, files.DTYPES[config.save_dtype])
@@ -136,6 +148,7 @@ def _export(
         "seconds": round(time.time() - began, 1),
         "largest_difference_after_reload": difference,
         "held_out_loss": dict(outcome.losses),
+        "cuda_peak_reserved_bytes": peak,
         **_environment(),
     }
     card.write(config, config_name, record)
@@ -179,8 +192,8 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
 
 
-def _say_finished(config: Config, step: int) -> None:
-    logger.info("This run is finished (step %d); nothing was done.", step)
+def _say_finished(config: Config) -> None:
+    logger.info("This run is finished; nothing was done. Its files:")
     for name in (f"{config.output_name}.safetensors", "pytorch_lora_weights.safetensors"):
         logger.info("  %s", config.output_dir / name)
     logger.info(
@@ -204,18 +217,19 @@ class _EncodingLog:
             self._last_line = now
 
 
-def _run_log(path: Path) -> Any:
-    from lora_scripts.logs import file_log
-
-    return file_log(path)
-
-
 def _device_name(compute: Compute) -> str:
     import torch
 
     if compute.device.type == "cuda":
         return torch.cuda.get_device_name(compute.device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _cuda_peak(compute: Compute) -> int | None:
+    """The largest memory that this run has reserved on the card so far."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if compute.device.type == "cuda" else None
 
 
 def _environment() -> dict[str, Any]:

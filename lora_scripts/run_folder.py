@@ -36,10 +36,9 @@ FREE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: anew (`state` is None), or at a checkpoint; `finished` if all is done."""
+    """Where a run begins: anew, or at a checkpoint and its state; `finished` if all is done."""
 
-    checkpoint: Path | None = None
-    state: State | None = None
+    checkpoint: tuple[Path, State] | None = None
     finished: bool = False
 
 
@@ -84,7 +83,7 @@ def decide(config: Config) -> Start:
                 raise user_error("resume", what)
     state = checkpoint.read_state(path)
     _refuse_changes(config, path, state)
-    return Start(path, state, finished=_is_finished(folder, config, state))
+    return Start((path, state), finished=_is_finished(folder, config, state))
 
 
 def refuse_other_inputs(path: Path, state: State, fingerprint: Mapping[str, str]) -> None:

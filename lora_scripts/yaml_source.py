@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, StringMark, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, StringMark, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -96,7 +97,9 @@ def parse_value(text: str, name: str) -> Any:
 
 def _compose(text: str, name: str) -> Node | None:
     try:
-        return YAML(typ="safe", pure=True).compose(io.StringIO(text))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML 1.2 allows it
+            return YAML(typ="safe", pure=True).compose(io.StringIO(text))
     except MarkedYAMLError as error:
         raise UserError([_syntax_problem(error, text, name)]) from None
     except ReaderError as error:

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_scripts.models.sd1_configs import clip_tokenizer, packaged_config
+from lora_scripts.tasks import diffusion
 from tests import runs, toys
 
 
@@ -36,7 +37,10 @@ def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("resolution", [512, 768])
-def test_sd15_at_real_size(real_shapes: Path, tmp_path: Path, resolution: int) -> None:
+def test_sd15_at_real_size(
+    real_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolution: int
+) -> None:
+    monkeypatch.setattr(diffusion, "MEASURED_VIEWS", 2)
     data = toys.save_pictures(tmp_path / "data", count=2, side=resolution)
     code, output = runs.run(
         real_shapes, data, tmp_path,

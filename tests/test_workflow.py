@@ -46,7 +46,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_promised_workflow(tmp_path: Path) -> None:
-    data = toys.save_pictures(tmp_path / "data" / "style_train", count=8, side=512)
+    data = toys.save_pictures(tmp_path / "data" / "style_train", count=4, side=512)
     rows = (data / "metadata.csv").read_text(encoding="utf-8").splitlines()[1:]
     rows[0] = 'img00.png,"cyberpunk cityscape with neon lights"'
     (data / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -67,7 +67,7 @@ def test_the_promised_workflow(tmp_path: Path) -> None:
         "tensorboard", "README.md", "checkpoints",
     }  # fmt: skip
     assert "Warning: That is little" in done.stdout
-    assert "20 steps of up to 4 samples, ended by epochs" in done.stdout
+    assert "10 steps of up to 4 samples, ended by epochs" in done.stdout
     pipeline = StableDiffusionPipeline(
         **load_single_file(checkpoint, dtype=next(iter(stored.values())).float().dtype),
         safety_checker=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -119,6 +120,13 @@ def test_anchor_stands_for_its_value() -> None:
     assert document.values["c"] == [1, {"b": 2}]
     assert document.values["c"] is not document.values["a"]
     assert document.lines["c",] == 2
+
+
+def test_an_anchor_may_be_used_again() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        document = yaml_source.parse("a: &x 1\nb: *x\nc: &x 2\nd: *x\n", NAME)
+    assert document.values == {"a": 1, "b": 1, "c": 2, "d": 2}
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "\ufeff"])

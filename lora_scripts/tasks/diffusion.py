@@ -16,12 +16,13 @@ from torch import nn
 from lora_scripts.config import Config, SamplePrompt
 from lora_scripts.data import cache
 from lora_scripts.data.images import Gathered, Picture, PictureSet, pixels_of
+from lora_scripts.errors import Problem, UserError
 from lora_scripts.models import lora
 from lora_scripts.models.family import DrawRequest, ImageFamily, Prediction
 from lora_scripts.randomness import generator, seed_of
 from lora_scripts.tasks.task import Batch, Indices, Key, Loss
 
-MEASURED_VIEWS = 32  # forward passes of one held-out measurement, spread over pictures and noise
+MEASURED_VIEWS = 16  # forward passes of one held-out measurement, spread over pictures and noise
 MEASURED_TRAINING_PICTURES = 8  # when nothing is held out
 
 Progress = Callable[[str, int, int], None]
@@ -31,6 +32,7 @@ class DiffusionTask:
     """Learns the pictures of a folder as a LoRA on a text-to-image model."""
 
     def __init__(self, config: Config, family: ImageFamily, data: Gathered) -> None:
+        _check_sample_sizes(config, family.pixel_multiple)
         self.config = config
         self.family = family
         self.train_set = PictureSet.repeated(data.train)
@@ -248,6 +250,20 @@ def min_snr_weight(signal_B: torch.Tensor, gamma: float, prediction: Prediction)
     if prediction == "epsilon":
         return (gamma / snr_B).clamp(max=1)
     return snr_B.clamp(max=gamma) / (snr_B + 1)
+
+
+def _check_sample_sizes(config: Config, multiple: int) -> None:
+    """Sides of sample pictures that the model cannot draw would fail in the middle of a run."""
+    problems = [
+        Problem(
+            "sample_prompts", f"found the {side} {value}; this model needs a multiple of {multiple}"
+        )
+        for prompt in config.sample_prompts
+        for side, value in (("width", prompt.width), ("height", prompt.height))
+        if value is not None and value % multiple
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _data_id(*sets: PictureSet) -> str:

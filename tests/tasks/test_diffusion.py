@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from lora_scripts.errors import UserError
 from lora_scripts.tasks.diffusion import diffuse, min_snr_weight
 from lora_scripts.tasks.task import Key
 from tests import runs, toys
@@ -107,9 +108,9 @@ def test_validation_is_the_same_every_time_and_spread_over_the_schedule(
     key = Key(7, "validation", 0)
     views = range(len(task.validation_set))
     timesteps = sorted(task._draw(view, key, torch.Size([4, 8, 8]))[2] for view in views)
-    assert len(views) == 32
-    assert timesteps[0] < 32 and timesteps[-1] > 968
-    assert max(b - a for a, b in pairwise(timesteps)) <= 32
+    assert len(views) == 16
+    assert timesteps[0] < 63 and timesteps[-1] > 937
+    assert max(b - a for a, b in pairwise(timesteps)) <= 63
     batch = task.load(tuple(views), key)
     assert torch.equal(task.loss(batch, key).total, task.loss(batch, key).total)
 
@@ -160,3 +161,12 @@ def test_captions_get_prefix_trigger_and_suffix_and_keep_lora_names(
         trigger_word="zwx", caption_prefix="photo of ", caption_suffix=", sharp",
     )  # fmt: skip
     assert task.train_set.at(0).caption == "zwx, photo of a cat <lora:style_v1>, sharp"
+
+
+def test_sizes_that_the_model_cannot_work_on_are_named_by_their_keys(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"run\.yaml line \d+: sample_prompts: found the width 60"):
+        runs.run(sd_folder, pictures, tmp_path, sample_prompts=[{"prompt": "a", "width": 60}])
+    with pytest.raises(UserError, match=r"run\.yaml line \d+: bucket_step: found 8; .* of 16"):
+        runs.run(sd_folder, pictures, tmp_path, bucket_step=8)

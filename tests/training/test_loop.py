@@ -253,7 +253,7 @@ def test_the_same_command_after_a_finished_run_does_nothing(
     with caplog.at_level("INFO", logger="lora_scripts"):
         code, _ = runs.run(sd_folder, pictures, tmp_path)
     assert code == 0
-    assert "This run is finished (step 6)" in caplog.text
+    assert "This run is finished" in caplog.text
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
 
 

@@ -42,7 +42,12 @@ def train(
     """Train a LoRA."""
     from lora_scripts import pipeline
 
-    raise typer.Exit(pipeline.run(config, overrides or ()))
+    try:
+        code = pipeline.run(config, overrides or ())
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)  # noqa: T201
+        code = pipeline.EXIT_INTERRUPTED
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -122,7 +122,7 @@ class ImageConfig(Section):
         None, description="Folder of pictures; short for one entry in `datasets`."
     )
     metadata_path: PathField | None = Field(
-        None, description="Captions file; default <train_data_dir>/metadata.csv."
+        None, description="Captions file; default `<train_data_dir>/metadata.csv`."
     )
     datasets: list[Dataset] = Field(
         default_factory=list, description="Several folders, in place of `train_data_dir`."
@@ -220,7 +220,7 @@ class ImageConfig(Section):
         max_length=100,
         validate_default=True,
         pattern=r'^[^\\/:*?"<>|\x00-\x1f]+$',
-        description="Name typed in a prompt, <lora:NAME:0.8>; default: the output folder's name.",
+        description="Name typed in a prompt, `<lora:NAME:0.8>`; default: the output folder's name.",
     )
     save_steps: PositiveInt | None = Field(
         500, description="Steps between two checkpoints; null saves at the end only."

@@ -124,6 +124,7 @@ def _export(
     from lora_scripts.files import write_text
     from lora_scripts.models import lora
     from lora_scripts.tasks import build
+    from lora_scripts.training import log
 
     paths = export.write_finished(task, config, began, outcome.position)
     peak = _cuda_peak(compute)
@@ -147,7 +148,7 @@ def _export(
         "precision": compute.precision,
         "seconds": round(time.time() - began, 1),
         "largest_difference_after_reload": difference,
-        "held_out_loss": dict(outcome.losses),
+        "held_out_loss": log.held_out_losses(config.output_dir),
         "cuda_peak_reserved_bytes": peak,
         **_environment(),
     }

@@ -12,10 +12,10 @@ from lora_scripts.config import Dataset, ImageConfig, SamplePrompt, schema
 INTRODUCTION = """\
 # Every key of a config
 
-Written by `make schema` from `lora_scripts/config.py`; a test keeps it in step. Paths are relative to
-the folder where the command is typed. Any key can be given on the command line for one run:
-`python train.py --config x.yaml lora_rank=32`. Text is read by YAML 1.2: `true` and `false` are the only
-truth values (`no` is a text), `2e-4` is a number.
+Written by `make schema` from `lora_scripts/config.py`; a test keeps it in step. Paths are relative
+to the folder where the command is typed. Any key can be given on the command line for one run:
+`python train.py --config x.yaml lora_rank=32`. Text is read by YAML 1.2: `true` and `false` are the
+only truth values (`no` is a text), `2e-4` is a number.
 """
 
 
@@ -77,7 +77,7 @@ def _allowed(properties: dict[str, Any]) -> str:
             ("maximum", "≤"),
             ("exclusiveMaximum", "<"),
         )
-        if key in properties and abs(properties[key]) < 1e15
+        if key in properties and abs(properties[key]) < 1e9
     ]
     name = {"string": "text", "null": "null", **words}[properties["type"]]
     return " ".join([name, ", ".join(bounds)]).strip()

@@ -39,7 +39,18 @@ CORE_SCHEMA: tuple[tuple[re.Pattern[str], Callable[[str], Any]], ...] = (
 # What ruamel gives a node that has no tag of its own.
 IMPLICIT_TAGS = frozenset(
     f"tag:yaml.org,2002:{name}"
-    for name in "null bool int float str seq map timestamp merge value".split()
+    for name in (
+        "null",
+        "bool",
+        "int",
+        "float",
+        "str",
+        "seq",
+        "map",
+        "timestamp",
+        "merge",
+        "value",
+    )
 )
 MAX_DEPTH = 20
 MAX_VALUES = 10_000  # aliases of aliases could otherwise grow without bound

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_scripts import config, yaml_source
+from lora_scripts import config, reference, yaml_source
 from lora_scripts.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -424,10 +423,14 @@ def test_every_key_has_a_sentence() -> None:
             assert len(field.description) < 100, f"{section.__name__}.{name}"
 
 
-def test_schema_file_is_in_step() -> None:
-    written = json.loads((ROOT / "configs/schema.json").read_text(encoding="utf-8"))
-    assert written == config.schema(), "run: python scripts/dev.py schema"
-    jsonschema.Draft202012Validator.check_schema(written)
+def test_schema_and_key_list_are_in_step() -> None:
+    for name, text in [
+        ("configs/schema.json", reference.json_schema()),
+        ("docs/config.md", reference.key_list()),
+    ]:
+        written = (ROOT / name).read_text(encoding="utf-8")
+        assert written == text, f"{name} is behind; run: python scripts/dev.py schema"
+    jsonschema.Draft202012Validator.check_schema(config.schema())
 
 
 def shipped_values(path: Path) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_scripts.config import Config
 from lora_scripts.files import write_text
+from lora_scripts.training.log import read_metrics
 
 CURVE_WIDTH, CURVE_HEIGHT = 640, 240
 CURVE_POINTS = 200  # the training loss is averaged down to about this many points
@@ -17,8 +17,7 @@ CURVE_POINTS = 200  # the training loss is averaged down to about this many poin
 def write(config: Config, config_name: str, record: Mapping[str, Any]) -> None:
     """Write README.md and loss.svg into the run's folder, from its metrics.jsonl and samples/."""
     folder = config.output_dir
-    rows = _metrics(folder / "metrics.jsonl")
-    write_text(folder / "loss.svg", _curve(rows))
+    write_text(folder / "loss.svg", _curve(read_metrics(folder)))
     write_text(folder / "README.md", _card(config, config_name, record, _samples(folder)))
 
 
@@ -27,11 +26,6 @@ def _card(
 ) -> str:
     losses = record["held_out_loss"]
     trigger = f"\nTrigger word: `{config.trigger_word}`\n" if config.trigger_word else ""
-    measured = (
-        f"| held-out loss, first → last | {losses['first']:.5f} → {losses['last']:.5f} |\n"
-        if losses
-        else ""
-    )
     pictures = "\n".join(f"![{name}](samples/{name})" for name in samples)
     return f"""# {config.output_name}
 
@@ -58,7 +52,8 @@ A LoRA for `{config.base_model}`, made by lora-scripts.
 | steps | {record["steps"]} |
 | learning rate | {config.learning_rate:g}, {config.lr_scheduler} |
 | batch | {config.batch_size} × {config.gradient_accumulation_steps} accumulated |
-{measured}| device, precision | {record["device"]}, {record["precision"]} |
+| held-out loss, first → last | {losses["first"]:.5f} → {losses["last"]:.5f} |
+| device, precision | {record["device"]}, {record["precision"]} |
 | this run took | {record["seconds"]:.0f} s |
 
 ![loss](loss.svg)
@@ -67,10 +62,6 @@ A LoRA for `{config.base_model}`, made by lora-scripts.
 
 {pictures or "No `sample_prompts` were configured."}
 """
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _samples(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,18 @@ class RunLog:
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._metrics.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
         self._metrics.flush()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def held_out_losses(folder: Path) -> dict[str, float]:
+    """The first and the last held-out loss of a run."""
+    losses = [row["eval_loss"] for row in read_metrics(folder) if "eval_loss" in row]
+    return {"first": losses[0], "last": losses[-1]}
 
 
 def cut_back(metrics_path: Path, last_step: int) -> None:

@@ -40,7 +40,6 @@ class Outcome:
     position: Position
     total_steps: int
     interrupted: bool
-    losses: Mapping[str, float]  # held-out loss: "first" and "last" of this run
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,10 @@ def train(
         for module in task.adapted.values():
             module.eval()
         if measuring:
-            losses["last"] = held_out_loss(task, config.seed, compute)
-            losses.setdefault("first", losses["last"])
-            log.evaluation(step, losses["last"])
+            log.evaluation(step, held_out_loss(task, config.seed, compute))
         if sampling:
             log.samples(step, task.sample(Key(config.seed, "validation", 0)))
 
-    losses: dict[str, float] = {}
     with RunLog(folder, position.step, total_steps) as log, stop_signals() as stopped:
         if position.step == 0:
             look(0, sampling=True, measuring=True)
@@ -138,7 +134,7 @@ def train(
             scaler.unscale_(optimizer)
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             torch._foreach_mul_(list(gradients.values()), 1.0 / (count * TOTAL_SCALE))
-            norm = get_total_norm(gradients.values())
+            norm, norms = get_total_norm(gradients.values()), group_norms(gradients)
             if config.max_grad_norm:
                 clip_grads_with_norm_(parameters.values(), config.max_grad_norm, norm)
             scaler.step(optimizer)
@@ -153,7 +149,7 @@ def train(
                 "samples": position.samples,
             }
             refuse_nonfinite(numbers, position.step, step, scaler)
-            log.step(position.step, numbers, group_norms(gradients))
+            log.step(position.step, numbers, norms)
             if position.step % config.histogram_steps == 0:
                 log.histograms(position.step, gradients)
             optimizer.zero_grad(set_to_none=True)
@@ -169,7 +165,7 @@ def train(
                 break
     for module in task.adapted.values():
         module.eval()
-    return Outcome(position, total_steps, position.step < total_steps, losses)
+    return Outcome(position, total_steps, position.step < total_steps)
 
 
 def steps_of_epoch(task: Task, config: Config, epoch: int) -> int:

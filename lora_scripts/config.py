@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,11 +25,10 @@ from pydantic import (
     model_validator,
 )
 
-from lora_scripts import yaml_source
+from lora_scripts import wording, yaml_source
 from lora_scripts.errors import Problem, UserError, user_error
 
 FORMAT_VERSION = 1
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 COMMAND_LINE, NOWHERE = 10**9, 10**9 + 1  # sorted behind every line of a file
 
 
@@ -38,7 +36,7 @@ def _usable_path(path: str) -> str:
     """No text that is a path by accident, or that a later step would stumble over."""
     if not path.strip():
         raise ValueError("must not be empty")
-    if CONTROL_CHARACTER.search(path):
+    if wording.CONTROL_CHARACTER.search(path):
         raise ValueError(
             "must be a path without control characters; in double quotes a backslash is an "
             "escape: write / or use single quotes"
@@ -481,7 +479,8 @@ def _explain(details: Any, source: Source) -> list[Problem]:
         case "missing":
             return [Problem(where, f"missing; {_field_of(location)}")]
         case _:
-            return [Problem(where, f"found {_shown(details['input'])}, {_allowed(details)}")]
+            what = f"found {wording.shown(details['input'])}, {wording.allowed(details)}"
+            return [Problem(where, what)]
 
 
 def _section_at(location: Sequence[str | int]) -> type[Section]:
@@ -514,65 +513,3 @@ def _nearest_key(location: Sequence[str | int]) -> tuple[str | int, ...] | None:
         return None
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     return (*location[:-1], near[0]) if near else None
-
-
-def _shown(value: Any) -> str:
-    match value:
-        case None:
-            return "nothing (null)"
-        case bool():
-            return "true" if value else "false"
-        case str():
-            text = CONTROL_CHARACTER.sub(lambda match: repr(match[0])[1:-1], value[:80])
-            return f'the text "{text}"' if len(value) < 80 else f'the text "{text[:77]}…"'
-        case list():
-            return "a list"
-        case dict():
-            return "a map of keys"
-        case _:
-            return str(value)
-
-
-def _allowed(details: Any) -> str:
-    context = details.get("ctx", {})
-    match details["type"]:
-        case "int_type" | "int_from_float":
-            return "must be a whole number"
-        case "float_type" | "float_parsing":
-            return "must be a number"
-        case "finite_number":
-            return "must be a finite number"
-        case "bool_type":
-            return "must be true or false"
-        case "string_type":
-            return 'must be a text (quote it: "…")'
-        case "path_type":
-            return "must be a path"
-        case "list_type":
-            return "must be a list"
-        case "model_type" | "dict_type" | "model_attributes_type":
-            text_too = "a text or " if details["loc"][0] == "sample_prompts" else ""
-            return f"must be {text_too}a map of keys"
-        case "literal_error":
-            expected = context["expected"].replace("'", "")
-            return f"must be one of {expected}" if " or " in expected else f"must be {expected}"
-        case "greater_than_equal":
-            return f"must be at least {context['ge']}"
-        case "greater_than":
-            return f"must be more than {context['gt']}"
-        case "less_than_equal":
-            return f"must be at most {context['le']}"
-        case "less_than":
-            return f"must be less than {context['lt']}"
-        case "multiple_of":
-            return f"must be a multiple of {context['multiple_of']}"
-        case "string_too_short":
-            return "must not be empty"
-        case "string_too_long":
-            return f"must have at most {context['max_length']} characters"
-        case "value_error":
-            return str(context["error"])
-        case "string_pattern_mismatch":
-            return 'must not hold any of \\ / : * ? " < > |'
-        case _:
-            return str(details["msg"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_scripts.models.sd_single_file import load_single_file
@@ -32,14 +33,16 @@ save_steps: 100
 """
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command typed in `folder`, offline."""
+def command(
+    folder: Path, *arguments: str, encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[str]:
+    """A command typed in `folder`, offline, on a console with this encoding."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": encoding},
         capture_output=True,
-        encoding="utf-8",
+        encoding=encoding,
         timeout=280,
         check=False,
     )
@@ -78,6 +81,27 @@ def test_the_promised_workflow(tmp_path: Path) -> None:
     assert len(pipeline.get_list_adapters()["unet"]) == 1
 
 
+def test_chinese_names_all_the_way_on_a_chinese_console(tmp_path: Path) -> None:
+    base = toys.save_stable_diffusion(tmp_path / "模型" / "基础 模型")
+    data = toys.save_pictures(tmp_path / "数据" / "水墨 风格", count=2)
+    (data / "img00.png").rename(data / "山水.png")
+    (data / "metadata.csv").write_text("山水.png,一幅山水画\nimg01.png,é €\n", encoding="utf-8")
+    toys.write_config(
+        tmp_path / "配置.yaml", base_model=str(base.relative_to(tmp_path)), resolution=64,
+        train_data_dir="数据/水墨 风格", output_dir="输出/我的风格", epochs=1, batch_size=2,
+        sample_prompts=["一座山"], trigger_word="水墨",
+    )  # fmt: skip
+    done = command(tmp_path, str(ROOT / "train.py"), "--config", "配置.yaml", encoding="gbk")
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = tmp_path / "输出" / "我的风格"
+    assert "<lora:我的风格:0.8>" in done.stdout
+    with safe_open(output / "我的风格.safetensors", framework="pt") as stored:
+        assert stored.metadata()["ss_output_name"] == "我的风格"
+    assert "python train.py --config 配置.yaml" in (output / "README.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_sample_draws_the_base_beside_the_lora(
     sd_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -101,7 +125,7 @@ def test_sample_draws_the_base_beside_the_lora(
         grid.crop((margin + i * (cell + margin), top, i * (cell + margin) + cell, top + cell - 40))
         for i in range(3)
     ]
-    base, zero, full = (list(cell.getdata()) for cell in cells)
+    base, zero, full = (cell.tobytes() for cell in cells)
     assert base == zero
     assert base != full
 

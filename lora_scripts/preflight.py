@@ -16,7 +16,7 @@ from lora_scripts.models import hub, signature
 
 CUDA_INSTALL = (
     "python -m pip install --force-reinstall torch==2.13.0 "
-    "--index-url https://download.pytorch.org/whl/cu126"
+    "--index-url https://download.pytorch.org/whl/cu130"
 )
 
 Row = tuple[records.Record, Dataset]

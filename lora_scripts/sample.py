@@ -65,6 +65,7 @@ def run(request: SampleRequest) -> Path:
     found = build.find_base(request.base)
     compute = device.choose(request.device, "auto")
     family = build.load_family(found, compute)
+    _check_sizes(request, family.pixel_multiple)
     size = family.native_size
     requests = [
         DrawRequest(
@@ -78,7 +79,6 @@ def run(request: SampleRequest) -> Path:
         )
         for prompt in request.prompts
     ]
-    _check_sizes(requests[0], family.pixel_multiple)
     columns = {"base": [family.draw(drawing) for drawing in requests]}
     loaded = list(dict.fromkeys(lora.path for lora in request.loras))
     for lora in request.loras:
@@ -115,10 +115,7 @@ def _check(request: SampleRequest) -> None:
         raise UserError(problems)
 
 
-def _check_sizes(drawing: object, multiple: int) -> None:
-    from lora_scripts.models.family import DrawRequest
-
-    assert isinstance(drawing, DrawRequest)
-    for name, value in (("--width", drawing.width), ("--height", drawing.height)):
-        if value % multiple:
+def _check_sizes(request: SampleRequest, multiple: int) -> None:
+    for name, value in (("--width", request.width), ("--height", request.height)):
+        if value is not None and value % multiple:
             raise user_error(f"{name} {value}", f"must be a multiple of {multiple} for this model")

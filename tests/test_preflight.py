@@ -171,7 +171,7 @@ def test_nvidia_card_with_a_cpu_torch(torch_build: pytest.MonkeyPatch, device: s
         preflight.environment(device)
     said = str(caught.value)
     assert "NVIDIA card" in said
-    assert "--index-url https://download.pytorch.org/whl/cu126" in said
+    assert "--index-url https://download.pytorch.org/whl/cu130" in said
     assert f"torch=={torch.__version__.partition('+')[0]} " in said  # the version that is pinned
 
 

@@ -7,8 +7,7 @@ arXiv 2106.09685), with `down` of shape (rank, in) and `up` of shape (out, rank)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,21 +66,6 @@ def layers(module: nn.Module) -> list[AdaptedLayer]:
         for path, layer in module.named_modules()
         if isinstance(layer, LoraLayer)
     ]
-
-
-@contextmanager
-def switched_off(module: nn.Module) -> Iterator[None]:
-    """Within this context the module computes as if no LoRA were attached."""
-    from peft.tuners.lora import LoraLayer
-
-    adapted = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
-    for layer in adapted:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in adapted:
-            layer.enable_adapters(True)
 
 
 def round_to(module: nn.Module, dtype: torch.dtype) -> None:

@@ -136,7 +136,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def draw(self, request: DrawRequest) -> Image.Image:
-        pipeline = self._pipeline()
+        # Without a text encoder the pipeline takes the UNet's dtype for everything it computes.
+        pipeline = self._pipeline(text_encoder=None)
         prompt_SD, negative_SD = (
             self.encode_prompt(text)["embedding"].to(self.compute.device, self.unet.dtype)
             for text in (request.prompt, request.negative_prompt)
@@ -180,7 +181,7 @@ class StableDiffusion:
         Each is (file, or folder that holds pytorch_lora_weights.safetensors; strength). Calling it
         again sets the strengths anew.
         """
-        pipeline = self._pipeline()
+        pipeline = self._pipeline(text_encoder=self.text_encoder)
         known = pipeline.get_list_adapters()
         names = [f"lora{number}" for number in range(len(loras))]
         for name, (path, _) in zip(names, loras, strict=True):
@@ -208,12 +209,12 @@ class StableDiffusion:
             ],
         }
 
-    def _pipeline(self) -> StableDiffusionPipeline:
+    def _pipeline(self, text_encoder: CLIPTextModel | None) -> StableDiffusionPipeline:
         """diffusers' pipeline around the model. Its UNet steps run in the run's precision; prompts
         are encoded and latents decoded here, in float32."""
         pipeline = StableDiffusionPipeline(
             vae=self.vae,
-            text_encoder=self.text_encoder,
+            text_encoder=text_encoder,
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=type(self.scheduler).from_config(self.scheduler.config),

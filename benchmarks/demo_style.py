@@ -8,8 +8,9 @@ For the 40 names of `assets/demo/heldout.csv`, which the LoRA has not been train
 each, it draws the base and the base with the LoRA, and prints
 
 * style distance: Fréchet distance between colour and edge statistics of the pictures and of the
-  real drawings of the style, and the mean probability that a classifier of six styles gives to
-  another style. The classifier saw none of the 120 names of the LoRA's data;
+  real drawings of the style (in deviations over all drawings of six styles), and the mean
+  probability that a classifier of six styles gives to another style. The classifier saw none of
+  the 120 names of the LoRA's data;
 * content: how often a concept classifier, trained on the other hands only, names the thing among
   120 names; beside it the same for real drawings of the style, which is as good as it gets;
 * variety: the mean distance between pictures of different names, against that of real drawings.
@@ -82,8 +83,10 @@ def main() -> None:
     family.load_loras([(arguments.lora, arguments.scale)])
     sets["base + LoRA"] = draw_all(family, held_out)
     sets["real drawings of the style"] = real
+    scale_F = features(drawings.pixels_NHWC).std(axis=0)
     rows = {
-        label: measure(pictures, real, style_of, name_of, known) for label, pictures in sets.items()
+        label: measure(pictures, real, style_of, name_of, known, scale_F)
+        for label, pictures in sets.items()
     }
     report(rows, time.time() - started)
     if arguments.json:
@@ -127,15 +130,18 @@ def measure(
     style_of: nn.Module,
     name_of: nn.Module,
     known: list[str],
+    scale_F: np.ndarray,
 ) -> dict[str, float]:
-    """The figures of one set of pictures."""
+    """The figures of one set of pictures; `scale_F` is the unit of each statistic."""
     with torch.no_grad():
         style_NF = style_of(to_tensor(pictures.pixels_NHWC)).softmax(dim=1)
         name_NF = name_of(luminance(to_tensor(pictures.pixels_NHWC)))
     truth_N = torch.tensor([known.index(name) for name in pictures.names])
     top5_N5 = name_NF.topk(5, dim=1).indices
     return {
-        "statistics_distance": frechet(features(pictures.pixels_NHWC), features(real.pixels_NHWC)),
+        "statistics_distance": frechet(
+            features(pictures.pixels_NHWC), features(real.pixels_NHWC), scale_F
+        ),
         "other_style_probability": 1 - style_NF[:, -1].mean().item(),
         "classified_as_style": (style_NF.argmax(dim=1) == style_NF.shape[1] - 1)
         .float()
@@ -201,9 +207,8 @@ def features(pixels_NHWC: np.ndarray) -> np.ndarray:
     )
 
 
-def frechet(found_NF: np.ndarray, real_NF: np.ndarray) -> float:
-    """Fréchet distance of two Gaussians (Dowson & Landau 1982), features in real deviations."""
-    scale_F = real_NF.std(axis=0) + 0.02
+def frechet(found_NF: np.ndarray, real_NF: np.ndarray, scale_F: np.ndarray) -> float:
+    """Fréchet distance of two Gaussians (Dowson & Landau 1982)."""
     one, other = found_NF / scale_F, real_NF / scale_F
     mean = np.square(one.mean(axis=0) - other.mean(axis=0)).sum()
     cov_one, cov_other = np.cov(one.T), np.cov(other.T)

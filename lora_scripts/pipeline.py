@@ -17,6 +17,7 @@ from lora_scripts import config as config_file
 from lora_scripts.config import Config
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.logs import file_log, quiet_libraries
+from lora_scripts.run_files import DIFFUSERS_NAME
 
 if TYPE_CHECKING:  # heavy imports happen in `run`, after the config has been checked
     from lora_scripts.device import Compute
@@ -195,7 +196,7 @@ def _size(count: int) -> str:
 
 def _say_finished(config: Config) -> None:
     logger.info("This run is finished; nothing was done. Its files:")
-    for name in (f"{config.output_name}.safetensors", "pytorch_lora_weights.safetensors"):
+    for name in (f"{config.output_name}.safetensors", DIFFUSERS_NAME):
         logger.info("  %s", config.output_dir / name)
     logger.info(
         "To train it further raise epochs; for another run name another output_dir; to start it "

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora_scripts import run_files
 from lora_scripts.config import Dataset, Draft
 from lora_scripts.data import records, validate
 from lora_scripts.errors import Problem, UserError, user_error
@@ -37,6 +38,7 @@ def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
             what = f"found {dataset.path}, {trouble}"
             problems.append(Problem(draft.source.where(*location), what))
             continue
+        problems += _output_among_pictures(draft, dataset)
         try:
             found, row_problems = records.read_images(dataset.path, dataset.metadata_path)
         except OSError as error:  # a name too long, a file that may not be read
@@ -100,7 +102,22 @@ def _output(draft: Draft) -> list[Problem]:
         return [Problem(where, f"found {value}, but {nearest} is a file, not a folder")]
     if not os.access(nearest, os.W_OK):
         return [Problem(where, f"found {value}, but {nearest} cannot be written to")]
+    foreign = run_files.foreign(Path(value).expanduser())
+    if foreign:
+        what = f"found {value}, which holds {foreign} but no run; name a folder for the run alone"
+        return [Problem(where, what)]
     return []
+
+
+def _output_among_pictures(draft: Draft, dataset: Dataset) -> list[Problem]:
+    """Sample pictures in the data folder would be taken for data by the next run."""
+    value = draft.values.get("output_dir")
+    if not isinstance(value, str) or not value:
+        return []
+    if not Path(value).expanduser().resolve().is_relative_to(dataset.path.resolve()):
+        return []
+    what = f"found {value}, which lies in the data folder {dataset.path}; name another place"
+    return [Problem(draft.source.where("output_dir"), what)]
 
 
 def _datasets(draft: Draft) -> list[tuple[tuple[str | int, ...], Dataset]]:

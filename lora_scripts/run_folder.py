@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lora_scripts import run_files
 from lora_scripts.config import Config
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import replace
@@ -70,10 +71,10 @@ def decide(config: Config) -> Start:
     folder = config.output_dir
     match config.resume:
         case "never":
-            _move_aside(folder)
+            _move_aside(folder, config.output_name)
             return Start()
         case "auto":
-            path = checkpoint.newest_good(folder / "checkpoints", logger.warning)
+            path = checkpoint.newest_good(folder / run_files.CHECKPOINTS, logger.warning)
             if path is None:
                 return Start()
         case text:
@@ -140,17 +141,15 @@ def _ways_on() -> str:
     )
 
 
-def _move_aside(folder: Path) -> None:
+def _move_aside(folder: Path, output_name: str) -> None:
     """An earlier run's files go to a sub-folder `earlier-N`, so that nothing is overwritten."""
-    entries = [path for path in folder.iterdir() if path.name != ".lock"]
-    entries = [path for path in entries if not path.name.startswith("earlier-")]
-    if not entries:
+    if not run_files.holds_a_run(folder):
         return
     number = 1
     while (folder / f"earlier-{number}").exists():
         number += 1
     target = folder / f"earlier-{number}"
     target.mkdir()
-    for path in entries:
+    for path in run_files.of_run(folder, output_name):
         replace(path, target / path.name)
     logger.info("resume is never: the earlier run is now in %s", target)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lora_scripts import grid
 from lora_scripts.errors import Problem, UserError, user_error
+from lora_scripts.run_files import DIFFUSERS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def compose(columns: dict[str, list[Image.Image]], prompts: Sequence[str]) -> Im
 def _check(request: SampleRequest) -> None:
     problems = []
     for lora in request.loras:
-        path = lora.path / "pytorch_lora_weights.safetensors" if lora.path.is_dir() else lora.path
+        path = lora.path / DIFFUSERS_NAME if lora.path.is_dir() else lora.path
         if path.suffix.lower() != ".safetensors":
             what = "must be a .safetensors file or the output folder of a run"
             problems.append(Problem(f"--lora {lora.path}", what))

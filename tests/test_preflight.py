@@ -85,6 +85,23 @@ def test_long_output_name(folder: Path) -> None:
 # --- rows ---------------------------------------------------------------------------------------
 
 
+def test_output_that_holds_something_else(folder: Path) -> None:
+    Path("project").mkdir()
+    assert inputs(output_dir="project") == []
+    Path("project/README.md").write_text("mine", encoding="utf-8")
+    (problem,) = inputs(output_dir="project")
+    assert "found project, which holds README.md but no run; name a folder for the run" in problem
+    Path("project/metrics.jsonl").write_text("", encoding="utf-8")
+    assert inputs(output_dir="project") == []
+
+
+@pytest.mark.parametrize("output", ["data/style_train", "data/style_train/output"])
+def test_output_among_the_pictures(folder: Path, output: str) -> None:
+    (problem,) = inputs(output_dir=output)
+    assert problem.startswith("my.yaml line 3: output_dir: ")
+    assert "which lies in the data folder data/style_train; name another place" in problem
+
+
 def test_metadata_not_there(folder: Path) -> None:
     (problem,) = inputs(metadata_path="data/style_train/captions.csv")
     assert "captions.csv: there is no such file" in problem

@@ -19,8 +19,8 @@ from lora_scripts.errors import WorkError
 from lora_scripts.export import keys
 from lora_scripts.files import replace, sync
 from lora_scripts.models.lora import AdaptedLayer
+from lora_scripts.run_files import DIFFUSERS_NAME
 
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -26,6 +26,7 @@ from rich.progress import (
 from torch.utils.tensorboard import SummaryWriter
 
 from lora_scripts.files import write_text
+from lora_scripts.run_files import METRICS
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 15.0  # where there is no terminal to draw a bar on
@@ -39,7 +40,7 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
         self.folder = folder
-        self.metrics_path = folder / "metrics.jsonl"
+        self.metrics_path = folder / METRICS
         cut_back(self.metrics_path, first_step)
         self._metrics = self.metrics_path.open("a", encoding="utf-8", newline="\n")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -131,7 +132,7 @@ class RunLog:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    text = (folder / METRICS).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -21,6 +21,7 @@ from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError
 from lora_scripts.models import lora
 from lora_scripts.randomness import seed_of
+from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.tasks.task import Batch, Indices, Key, Task
 from lora_scripts.training import checkpoint, optim
 from lora_scripts.training.checkpoint import Position, State
@@ -97,7 +98,7 @@ def train(
             fingerprint=task.fingerprint,
         )
         path = checkpoint.write(
-            folder / "checkpoints",
+            folder / CHECKPOINTS,
             state,
             tensors,
             lambda target: write_adapter(target, position),

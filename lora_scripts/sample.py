@@ -51,7 +51,7 @@ def parse_lora(text: str) -> Lora:
 
 
 def run(request: SampleRequest) -> Path:
-    """Draw one row a prompt: the base, then each LoRA at its scale. Returns the PNG's path.
+    """Draw every prompt with the base, then with each LoRA at its scale. Returns the PNG's path.
 
     Raises:
         UserError: if a file is not there or does not fit the base.
@@ -96,7 +96,9 @@ def run(request: SampleRequest) -> Path:
 
 
 def compose(columns: dict[str, list[Image.Image]], prompts: Sequence[str]) -> Image.Image:
-    """Columns of pictures, one row a prompt, with labels."""
+    """A labelled grid: a row a prompt, or a column a prompt where there are more of these."""
+    if len(prompts) > len(columns):
+        return grid.labelled(list(columns.values()), list(prompts), list(columns))
     rows = [[column[i] for column in columns.values()] for i in range(len(prompts))]
     return grid.labelled(rows, list(columns), list(prompts))
 

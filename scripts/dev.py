@@ -38,7 +38,7 @@ DEMO_CONFIG = "configs/demo_image.yaml"
 DEMO_BASE = "assets/demo/model"
 DEMO_HELD_OUT = "assets/demo/heldout.csv"  # names that the LoRA's data does not show
 DEMO_OUTPUT = "output/demo_image"
-DEMO_PROMPTS = 4
+DEMO_PROMPTS = 8
 
 WRITE_SCHEMA = """
 from pathlib import Path

@@ -58,7 +58,7 @@ def test_the_family_draws_what_diffusers_draws(precision: str) -> None:
     request = DrawRequest("a drawing of an apple", "", 2.5, 10, 64, 64, seed=3)
     drawn = torch.tensor(list(family.draw(request).tobytes())).float()
     pipe = StableDiffusionPipeline.from_pretrained(
-        str(DEMO / "model"), torch_dtype=torch.float32, local_files_only=True
+        str(DEMO / "model"), dtype=torch.float32, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -188,9 +189,11 @@ class StableDiffusion:
             if any(name in adapters for adapters in known.values()):
                 continue
             folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-            pipeline.load_lora_weights(
-                str(folder), weight_name=file, adapter_name=name, local_files_only=True
-            )
+            with warnings.catch_warnings():  # peft warns of a second LoRA; it is meant
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                pipeline.load_lora_weights(
+                    str(folder), weight_name=file, adapter_name=name, local_files_only=True
+                )
         pipeline.set_adapters(names, adapter_weights=[strength for _, strength in loras])
 
     def webui_name(self, component: str, path: str) -> str:
@@ -261,7 +264,7 @@ def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> Parts:
     def weights(cls: Any, part: str, dtype: torch.dtype) -> Any:
         return cls.from_pretrained(
             str(path / part),
-            torch_dtype=dtype,
+            dtype=dtype,
             variant=variant,
             use_safetensors=True,
             local_files_only=True,

@@ -190,7 +190,7 @@ class ImageConfig(Section):
         "auto", description="Precision of the frozen model and of the arithmetic."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Half the memory for half as much time again."
+        False, description="Less memory for more time: activations are computed twice."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where there is one."

@@ -62,7 +62,7 @@ def _fastest_on_cuda() -> Precision:
 def _fastest_on_cpu() -> Precision:
     """bf16 where the CPU computes it natively, found by timing a matrix product.
 
-    With native support bf16 is several times faster than float32; without, 30 to 200 times slower.
+    With native support bf16 is several times faster than float32; without, far slower.
     """
     plain = _matmul_seconds(torch.float32, rounds=5)
     if _matmul_seconds(torch.bfloat16, rounds=1) > 5 * plain:

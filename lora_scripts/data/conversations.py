@@ -1,0 +1,307 @@
+"""Text training data: conversations and raw texts, read from files into `TextRecord`s.
+
+Read are `.jsonl`, `.json` (a list of objects), `.csv` and `.parquet` files of rows, and `.txt` and
+`.md` files, each of them one raw text. A row is a conversation as OpenAI, ShareGPT or Alpaca write
+it, a question with its answer, or a raw text; `lora_scripts.data.texts.forms` tells which.
+Whatever is wrong becomes a `Problem` that names the file, the row and the field; nothing is
+repaired, and one bad row does not hide the next.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_scripts.data.texts import forms, rows
+from lora_scripts.data.texts.saying import (
+    Findings,
+    Refused,
+    checked,
+    is_unicode,
+    nearest,
+    read_file,
+    show,
+    show_path,
+)
+from lora_scripts.errors import Problem
+
+DATA_SUFFIXES = rows.SUFFIXES
+RAW_SUFFIXES = (".txt", ".md")
+
+_KINDS = ", ".join((*DATA_SUFFIXES, *RAW_SUFFIXES))
+_USUAL = ("metadata.csv", "metadata.jsonl")
+_RAW_FORM = "raw text files"
+_NAMED = 10  # so many unused fields are named
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """One conversation, or one raw text.
+
+    Attributes:
+        where: The place that says so: `dialogues.jsonl line 12`, `data.json row 3`, `book.md`.
+        messages: The conversation. A message has `role` (system, user, assistant or tool) and
+            `content` (a text), and may have `reasoning_content` (a text), `tool_calls` (a list of
+            `{"type": "function", "function": {"name": …, "arguments": {…}}}`, perhaps with `id`),
+            `name` and `tool_call_id`. Empty where `text` is set.
+        tools: The functions on offer, each `{"type": "function", "function": {"name": …, …}}`.
+        text: A raw text, learned whole.
+    """
+
+    where: str
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What was read.
+
+    Attributes:
+        records: Those that are good, in the order of the files and their rows.
+        problems: All that was found. With one of severity "error" the records are incomplete.
+        forms: How many records each form gave, for the log: `{"OpenAI messages": 120}`.
+    """
+
+    records: list[TextRecord]
+    problems: list[Problem]
+    forms: dict[str, int]
+
+
+@dataclass
+class _Folder:
+    """What lies in the folder of texts. Names are relative to it, with forward slashes."""
+
+    path: Path
+    data: list[str] = field(default_factory=list)
+    raw: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass
+class _Reading:
+    """What has been read so far. `root` is where the files that rows name are looked for."""
+
+    root: Path
+    records: list[TextRecord] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    forms: Counter[str] = field(default_factory=Counter)
+    named: set[str] = field(default_factory=set)  # files that a row's file_name has asked for
+
+    def done(self) -> Texts:
+        return Texts(self.records, self.problems, dict(self.forms))
+
+
+def read_texts(path: Path, metadata_path: Path | None) -> Texts:
+    """Read the texts of a file or a folder.
+
+    Of a folder are read: `metadata_path`; when that is None, `metadata.csv`, else
+    `metadata.jsonl`, else every data file in it (`.jsonl`, `.json`, `.csv`, `.parquet`), else
+    every `.txt` and `.md` file. Sub-folders are included, names that begin with a dot are not;
+    files come in the order of their names.
+
+    Line ends become Unix line ends, content parts are joined by a line break, and the JSON texts
+    of tools and arguments are parsed; every other character stays as it is.
+    """
+    if not path.is_dir():
+        return _read_one(path, metadata_path)
+    listing = _list_folder(path)
+    reading = _Reading(path, problems=listing.problems)
+    try:
+        metadata = _choose_metadata(path, metadata_path)
+    except Refused as refused:
+        reading.problems.append(Problem(show_path(metadata_path or path), str(refused)))
+        return reading.done()
+    if metadata is not None:
+        _read_data(reading, metadata, metadata.name)
+        _note_unread(reading, listing, metadata)
+    elif listing.data:
+        for name in listing.data:
+            _read_data(reading, path / name, name)
+        _note_unread(reading, listing, None)
+    else:
+        for name in listing.raw:
+            _read_raw(reading, path / name, name)
+        if not listing.raw and not any(p.severity == "error" for p in listing.problems):
+            what = f"no text data found; expected files in {_KINDS}"
+            reading.problems.append(Problem(show_path(path), what))
+    return reading.done()
+
+
+# --- which files are read -------------------------------------------------------------------------
+
+
+def _read_one(path: Path, metadata_path: Path | None) -> Texts:
+    reading = _Reading(path.parent)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        what = f"there is no such file or folder; expected a folder, or a file in {_KINDS}"
+        reading.problems.append(Problem(show_path(path), what))
+    elif metadata_path is not None:
+        what = "this is a file; a metadata_path goes with a folder. Leave one of them out"
+        reading.problems.append(Problem(show_path(path), what))
+    elif suffix in DATA_SUFFIXES:
+        _read_data(reading, path, path.name)
+    elif suffix in RAW_SUFFIXES:
+        _read_raw(reading, path, path.name)
+    else:
+        found = show(path.suffix) if path.suffix else "none"
+        what = f"extension {found}, expected one of {_KINDS}"
+        reading.problems.append(Problem(show_path(path), what))
+    return reading.done()
+
+
+def _list_folder(folder: Path) -> _Folder:
+    """Walk the folder once, in the order of names, links to folders not followed."""
+    listing = _Folder(folder)
+    others: list[str] = []
+    walk = os.walk(folder, onerror=lambda error: _note_unlisted(listing, error))
+    for place, directories, files in walk:
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in directories:
+            if (link := Path(place, name)).is_symlink():
+                what = "is a link to another folder, which is not followed; copy its files in"
+                listing.problems.append(Problem(show_path(link), what, "warning"))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            relative = Path(place, name).relative_to(folder).as_posix()
+            suffix = PurePosixPath(name).suffix.lower()
+            if suffix not in (*DATA_SUFFIXES, *RAW_SUFFIXES):
+                others.append(relative)
+            elif (why := _unusable(folder, relative)) is not None:
+                listing.problems.append(Problem(show(relative), why))
+            else:
+                (listing.data if suffix in DATA_SUFFIXES else listing.raw).append(relative)
+    if others:
+        what = f"{_count(others)} of a kind that is not read; read are {_KINDS}"
+        listing.problems.append(Problem(show_path(folder), what, "warning"))
+    return listing
+
+
+def _note_unlisted(listing: _Folder, error: OSError) -> None:
+    what = f"this folder cannot be listed ({error.strerror})"
+    listing.problems.append(Problem(show_path(Path(error.filename)), what))
+
+
+def _unusable(folder: Path, name: str) -> str | None:
+    if not is_unicode(name):
+        return "the file name is not valid UTF-8; rename the file"
+    try:
+        target = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: how Python before 3.13 reports a loop
+        return "this link leads nowhere; put the file itself in the folder"
+    if not target.is_relative_to(folder.resolve()):
+        return "this link leads out of the folder; put the file itself in the folder"
+    return None
+
+
+def _choose_metadata(folder: Path, metadata_path: Path | None) -> Path | None:
+    """The one data file to read, or None for all that are there."""
+    if metadata_path is None:
+        return next((folder / name for name in _USUAL if (folder / name).is_file()), None)
+    if not metadata_path.is_file():
+        raise Refused("there is no such file; leave metadata_path out to read all in the folder")
+    if metadata_path.suffix.lower() not in DATA_SUFFIXES:
+        raise Refused(f"expected a data file, one of {', '.join(DATA_SUFFIXES)}")
+    return metadata_path
+
+
+def _note_unread(reading: _Reading, listing: _Folder, metadata: Path | None) -> None:
+    """Name the files that could have been read, and why they were not."""
+    raw = [name for name in listing.raw if name not in reading.named]
+    data = [] if metadata is None else [n for n in listing.data if listing.path / n != metadata]
+    if not raw and not data:
+        return
+    read = metadata.name if metadata is not None else _count(listing.data)
+    what = f"{_count([*data, *raw])} in the folder not read: the data is in {read}"
+    reading.problems.append(Problem(show_path(listing.path), what, "warning"))
+
+
+# --- what is in them ------------------------------------------------------------------------------
+
+
+def _read_raw(reading: _Reading, path: Path, name: str) -> None:
+    findings = Findings(name)
+    try:
+        text = checked(read_file(path), "it", findings)
+    except Refused as refused:
+        findings.refuse(str(refused))
+    else:
+        if text.strip():
+            reading.records.append(TextRecord(name, text=text))
+            reading.forms[_RAW_FORM] += 1
+        else:
+            findings.remark("the file is empty; it is passed over")
+    reading.problems += findings.problems
+
+
+def _read_data(reading: _Reading, path: Path, name: str) -> None:
+    try:
+        found = list(rows.read_rows(path, name))
+    except Refused as refused:
+        reading.problems.append(Problem(name, str(refused)))
+        return
+    if not found:
+        what = "there is no row in it; expected one for each conversation or text"
+        reading.problems.append(Problem(name, what))
+    unused: dict[str, tuple[str, ...]] = {}
+    for row in found:
+        if isinstance(row, Problem):
+            reading.problems.append(row)
+        else:
+            unused |= _read_row(reading, row)
+    if unused:
+        said = [_unused(field, known) for field, known in islice(unused.items(), _NAMED)]
+        more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+        reading.problems.append(Problem(name, f"not used: {', '.join(said)}{more}", "warning"))
+
+
+def _unused(field: str, known: Sequence[str]) -> str:
+    near = nearest(field, known)
+    return f'{show(field)} (did you mean "{near}"?)' if near else show(field)
+
+
+def _read_row(reading: _Reading, row: rows.Row) -> dict[str, tuple[str, ...]]:
+    """Add the row to the reading; returns the fields that were not used."""
+    findings = Findings(row.where)
+    content = forms.read_row(row.fields, lambda name: _named_file(reading, name), findings)
+    reading.problems += findings.problems
+    if content is not None:
+        record = TextRecord(row.where, content.messages, content.tools, content.text)
+        reading.records.append(record)
+        reading.forms[row.form or content.form.name] += 1
+    return findings.unused
+
+
+def _named_file(reading: _Reading, typed: str) -> str:
+    """The text of the file that a row's `file_name` means. Raises `Refused`."""
+    name = PurePosixPath(typed.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or re.match(r"[A-Za-z]:", str(name)):
+        raise Refused(f'"file_name": {show(typed)} leaves the folder; expected a name in it')
+    if name.suffix.lower() not in RAW_SUFFIXES:
+        kinds = " or ".join(RAW_SUFFIXES)
+        what = f"expected a {kinds} file, which holds the prompt (pictures go with the task_type"
+        raise Refused(f'"file_name": {show(typed)}: {what} image-generation)')
+    path = reading.root / name
+    if not path.is_file():
+        what = f"there is no such file in {show_path(reading.root)}; it would hold the prompt"
+        raise Refused(f'"file_name": {show(typed)}: {what}')
+    if (why := _unusable(reading.root, str(name))) is not None:
+        raise Refused(f'"file_name": {show(typed)}: {why}')
+    reading.named.add(str(name))
+    try:
+        return read_file(path)
+    except Refused as refused:
+        raise Refused(f'"file_name": {show(typed)}: {refused}') from None
+
+
+def _count(names: Sequence[str]) -> str:
+    few = ", ".join(show(name)[1:-1] for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} file{'s' if len(names) != 1 else ''} ({few}{more})"

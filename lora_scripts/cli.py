@@ -86,6 +86,104 @@ def sample(
     sampling.run(request)
 
 
+@app.command()
+def check(
+    config: Annotated[Path, typer.Option(help="The YAML file to look at.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, e.g. max_seq_length=512."),
+    ] = None,
+    row: Annotated[int, typer.Option(min=1, help="Which row of the data to show.")] = 1,
+) -> None:
+    """Check a config and its data without training; show one example as the model will see it."""
+    from lora_scripts import check as checking
+
+    checking.run(config, overrides or (), row)
+
+
+@app.command()
+def chat(
+    base: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .gguf file; default: what the LoRA names.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="PATH or PATH:SCALE; several act together.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Say this instead of asking in the terminal.")
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cut answers off there.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 42,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Talk to a language model with LoRAs on it."""
+    from lora_scripts import adapters
+    from lora_scripts import chat as chatting
+
+    chatting.run(
+        chatting.ChatRequest(
+            base=base,
+            loras=[adapters.parse(text) for text in lora or ()],
+            prompts=prompt or (),
+            system_prompt=system_prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+@app.command()
+def export(
+    lora: Annotated[
+        list[str], typer.Option(help="PATH or PATH:SCALE of a finished text LoRA; --merge: more.")
+    ],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A transformers folder with the LoRA added in.")
+    ] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="The converted base of a .gguf or ChatGLM run.")
+    ] = False,
+    format: Annotated[
+        str | None, typer.Option(help="gguf (llama.cpp, Ollama) or chatglm (original names).")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model; default: what the LoRA names.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to; default: in the LoRA's folder.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write a finished text LoRA in another form."""
+    from lora_scripts import adapters, convert
+    from lora_scripts.errors import user_error
+
+    if format not in (None, "gguf", "chatglm"):
+        raise user_error(f"--format {format}", "must be gguf or chatglm")
+    chosen: dict[convert.Form, bool] = {
+        "merged": merge,
+        "base": base,
+        "gguf": format == "gguf",
+        "chatglm": format == "chatglm",
+    }
+    wanted = [form for form, is_wanted in chosen.items() if is_wanted]
+    if len(wanted) != 1:
+        raise user_error("export", "give one of --merge, --base, --format gguf, --format chatglm")
+    convert.run(
+        convert.ConvertRequest(
+            form=wanted[0],
+            loras=[adapters.parse(text) for text in lora],
+            base=base_model,
+            output=output,
+            device=device,
+        )
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     try:

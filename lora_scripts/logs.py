@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,10 @@ def quiet_libraries() -> None:
     import diffusers
     import transformers
 
+    # peft asks transformers for something under its old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # and says what it mends itself for GPT-2's layers
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but", UserWarning)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

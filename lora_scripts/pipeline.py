@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
+import json
 import logging
 import platform
 import time
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_scripts import __version__, preflight
 from lora_scripts import config as config_file
-from lora_scripts.config import Config
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.logs import file_log, quiet_libraries
-from lora_scripts.run_files import DIFFUSERS_NAME
+from lora_scripts.schema import Config, ImageConfig, TextConfig
 
 if TYPE_CHECKING:  # heavy imports happen in `run`, after the config has been checked
     from lora_scripts.device import Compute
-    from lora_scripts.models.signature import Signature
+    from lora_scripts.export.finished import Export
     from lora_scripts.run_folder import Start
     from lora_scripts.tasks.diffusion import DiffusionTask
+    from lora_scripts.tasks.language import LanguageTask
     from lora_scripts.training.loop import Outcome
+
+    AnyTask = DiffusionTask | LanguageTask
 
 logger = logging.getLogger(__name__)
 
 EXIT_DONE = 0
 EXIT_INTERRUPTED = 75
-FEW_STEPS = 300
-FEW_VIEWS = 15
 
 
 def run(config_path: Path, overrides: Sequence[str] = ()) -> int:
@@ -73,7 +73,6 @@ def _run(
 
 def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], start: Start) -> int:
     from lora_scripts import device, run_folder
-    from lora_scripts.export import image as export
     from lora_scripts.tasks import build
     from lora_scripts.training import loop
 
@@ -81,22 +80,17 @@ def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], star
     began = time.time()
     precision = start.checkpoint[1].precision if start.checkpoint else config.mixed_precision
     compute = device.choose(config.device, precision)
-    found = build.find_base(config.base_model)
-    task = build.build(config, rows, found, compute)
+    task = build.build(config, rows, compute)
     if start.checkpoint is not None:
         run_folder.refuse_other_inputs(*start.checkpoint, task.fingerprint)
         logger.info("Going on from %s", start.checkpoint[0])
     task.encode(_EncodingLog())
     task.attach()
     _announce(task, config, compute)
+    export = _export_of(task, config, compute, began)
 
     outcome = loop.train(
-        task,
-        config,
-        compute,
-        config.output_dir,
-        partial(export.write_checkpoint_file, task, config, began),
-        start.checkpoint,
+        task, config, compute, config.output_dir, export.checkpoint_files, start.checkpoint
     )
     if outcome.interrupted:
         logger.warning(
@@ -105,64 +99,97 @@ def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], star
             outcome.total_steps,
         )
         return EXIT_INTERRUPTED
-    _export(task, config, config_name, compute, outcome, found, began)
+    _say_how_it_ended(config, outcome)
+    _finish(task, config, config_name, compute, outcome, export, began)
     return EXIT_DONE
 
 
-def _export(
-    task: DiffusionTask,
+def _export_of(task: AnyTask, config: Config, compute: Compute, began: float) -> Export:
+    """The layout that fits the task."""
+    match config:
+        case ImageConfig():
+            from lora_scripts.export.image import ImageExport
+            from lora_scripts.tasks.diffusion import DiffusionTask
+
+            assert isinstance(task, DiffusionTask)
+            return ImageExport(task, config, compute, began)
+        case TextConfig():
+            from lora_scripts.export.text import TextExport
+            from lora_scripts.tasks.language import LanguageTask
+
+            assert isinstance(task, LanguageTask)
+            return TextExport(task, config, compute, began)
+
+
+def _finish(
+    task: AnyTask,
     config: Config,
     config_name: str,
     compute: Compute,
     outcome: Outcome,
-    found: Signature,
+    export: Export,
     began: float,
 ) -> None:
     """Write the finished files, prove them on a freshly read model, write card and record."""
     from lora_scripts import run_folder
-    from lora_scripts.export import card, files
-    from lora_scripts.export import image as export
+    from lora_scripts.export import card
     from lora_scripts.files import write_text
     from lora_scripts.models import lora
-    from lora_scripts.tasks import build
     from lora_scripts.training import log
 
-    paths = export.write_finished(task, config, began, outcome.position)
     peak = _cuda_peak(compute)
     facts = {"trainable": lora.share(task.adapted), "data": task.describe()}
     fingerprint = dict(task.fingerprint)
-    reference = export.reference_output(task.family, files.DTYPES[config.save_dtype])
-    task.release()
-    gc.collect()
-    difference = export.check_reload(
-        reference, build.load_family(found, compute), config.output_dir
-    )
-    logger.info("Read back by diffusers: outputs equal the trained model's (%.1e)", difference)
+    finished = export.finish(outcome.exported)
+    logger.info(
+        "Read back by %s: outputs equal the trained model's (%.1e)",
+        finished.reader, finished.difference,
+    )  # fmt: skip
     write_text(config.output_dir / "config.yaml", config_file.dump(config))
     record = {
-        "steps": outcome.position.step,
-        "files": [path.name for path in paths],
+        "steps": outcome.exported.step,
+        "last_step": outcome.position.step,
+        "best": asdict(outcome.best) if outcome.best else None,
+        "files": [path.name for path in finished.paths],
         "fingerprint": fingerprint,
         **facts,
         "base_model": config.base_model,
         "device": _device_name(compute),
         "precision": compute.precision,
         "seconds": round(time.time() - began, 1),
-        "largest_difference_after_reload": difference,
+        "largest_difference_after_reload": finished.difference,
         "held_out_loss": log.held_out_losses(config.output_dir),
         "cuda_peak_reserved_bytes": peak,
         **_environment(),
     }
-    card.write(config, config_name, record)
+    card.write(config, config_name, record, export.card_usage())
     run_folder.write_record(config.output_dir, record)
-    logger.info("Done in %.0f s. The LoRA, ready to be copied:", time.time() - began)
-    for path in paths:
+    logger.info("Done in %.0f s. The LoRA, ready to be used:", time.time() - began)
+    for path in finished.paths:
         logger.info("  %s (%s)", path, _size(path.stat().st_size))
-    logger.info("  in a WebUI prompt: <lora:%s:0.8>; in diffusers: load_lora_weights(%r)",
-                config.output_name, str(config.output_dir))  # fmt: skip
+    for hint in export.hints():
+        logger.info("  %s", hint)
 
 
-def _announce(task: DiffusionTask, config: Config, compute: Compute) -> None:
+def _say_how_it_ended(config: Config, outcome: Outcome) -> None:
+    best, last = outcome.best, outcome.position.step
+    if last < outcome.total_steps:
+        logger.info(
+            "Ended after step %d of %d: the held-out loss has not fallen for %d measurements",
+            last, outcome.total_steps, config.early_stopping_patience,
+        )  # fmt: skip
+    if best is None:
+        return
+    if outcome.exported.step == best.step:
+        logger.info("The LoRA is that of step %d: held-out loss %.5f", best.step, best.loss)
+    else:
+        logger.info(
+            "The held-out loss was lowest after step %d (%.5f): that checkpoint is kept, too",
+            best.step, best.loss,
+        )  # fmt: skip
+
+
+def _announce(task: AnyTask, config: Config, compute: Compute) -> None:
     """What is about to happen, in numbers, before the first step."""
     from lora_scripts.models import lora
     from lora_scripts.training import loop
@@ -183,11 +210,9 @@ def _announce(task: DiffusionTask, config: Config, compute: Compute) -> None:
         "%d steps of up to %d samples, ended by %s: each sample is seen about %.0f times",
         total, per_step, "epochs" if epochs_end else "max_train_steps", views,
     )  # fmt: skip
-    if total < FEW_STEPS or views < FEW_VIEWS:
-        logger.warning(
-            "That is little: a LoRA seldom takes shape in fewer than %d steps or %d views of each "
-            "sample. Raise epochs or repeats, or lower batch_size.", FEW_STEPS, FEW_VIEWS,
-        )  # fmt: skip
+    advice = task.advice(total, views)
+    if advice:
+        logger.warning("%s", advice)
 
 
 def _size(count: int) -> str:
@@ -196,7 +221,8 @@ def _size(count: int) -> str:
 
 def _say_finished(config: Config) -> None:
     logger.info("This run is finished; nothing was done. Its files:")
-    for name in (f"{config.output_name}.safetensors", DIFFUSERS_NAME):
+    record = json.loads((config.output_dir / "run.json").read_text(encoding="utf-8"))
+    for name in record["files"]:
         logger.info("  %s", config.output_dir / name)
     logger.info(
         "To train it further raise epochs; for another run name another output_dir; to start it "

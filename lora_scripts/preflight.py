@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_scripts import run_files
-from lora_scripts.config import Dataset, Draft
-from lora_scripts.data import records, validate
+from lora_scripts.config import Draft, schema_of
+from lora_scripts.data import conversations, records, validate
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.models import hub, signature
+from lora_scripts.models import hub, signature, text_signature
+from lora_scripts.schema import Dataset, ImageDataset, TextConfig, TextDataset
+
+logger = logging.getLogger(__name__)
 
 CUDA_INSTALL = (
     "python -m pip install --force-reinstall torch==2.13.0 "
     "--index-url https://download.pytorch.org/whl/cu130"
 )
 
-Row = tuple[records.Record, Dataset]
+Row = tuple[Any, Any]  # a record and the dataset that it stands in
 
 
 def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
@@ -28,25 +33,40 @@ def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
 
     Works on a config with mistakes too, so that all are answered at once. Needs no torch.
     """
+    is_text = schema_of(draft.values) is TextConfig
     problems = list(draft.problems)
-    problems += _base_model(draft)
+    problems += _base_model(draft, is_text=is_text)
     problems += _output(draft)
     rows: list[Row] = []
     for location, dataset in _datasets(draft):
-        trouble = _folder_trouble(dataset.path)
+        trouble = _data_trouble(dataset.path, file_too=is_text)
         if trouble is not None:
             what = f"found {dataset.path}, {trouble}"
             problems.append(Problem(draft.source.where(*location), what))
             continue
-        problems += _output_among_pictures(draft, dataset)
-        try:
-            found, row_problems = records.read_images(dataset.path, dataset.metadata_path)
-        except OSError as error:  # a name too long, a file that may not be read
-            found, row_problems = [], [Problem(str(error.filename), f"{error.strerror}")]
+        problems += _output_among_data(draft, dataset)
+        found, row_problems = _read(dataset)
         problems += row_problems
         rows += [(record, dataset) for record in found]
-    problems += validate.check([record for record, _ in rows])
+    if not is_text:
+        problems += validate.check([record for record, _ in rows])
     return rows, problems
+
+
+def _read(dataset: Dataset) -> tuple[Sequence[Any], list[Problem]]:
+    """The records of one dataset; a file that cannot be looked at becomes a problem."""
+    try:
+        match dataset:
+            case ImageDataset():
+                return records.read_images(dataset.path, dataset.metadata_path)
+            case TextDataset():
+                found = conversations.read_texts(dataset.path, dataset.metadata_path)
+                forms = ", ".join(f"{count:,} × {form}" for form, count in found.forms.items())
+                if forms:
+                    logger.info("Data in %s: %s", dataset.path, forms)
+                return found.records, found.problems
+    except OSError as error:  # a name too long, a file that may not be read
+        return [], [Problem(str(error.filename), f"{error.strerror}")]
 
 
 def environment(device: str) -> None:
@@ -72,13 +92,15 @@ def _has_nvidia_card() -> bool:
     return Path("/proc/driver/nvidia/gpus").is_dir() and shutil.which("nvidia-smi") is not None
 
 
-def _base_model(draft: Draft) -> list[Problem]:
+def _base_model(draft: Draft, *, is_text: bool) -> list[Problem]:
     base_model = draft.values.get("base_model")
     if not isinstance(base_model, str) or not base_model:
         return []
     try:
         path = hub.local_path(base_model)
-        if path is not None:
+        if path is not None and is_text:
+            text_signature.read_text_signature(path)
+        elif path is not None:
             signature.read_signature(path)
     except UserError as error:
         where = draft.source.where("base_model")
@@ -109,8 +131,8 @@ def _output(draft: Draft) -> list[Problem]:
     return []
 
 
-def _output_among_pictures(draft: Draft, dataset: Dataset) -> list[Problem]:
-    """Sample pictures in the data folder would be taken for data by the next run."""
+def _output_among_data(draft: Draft, dataset: Dataset) -> list[Problem]:
+    """Samples in the data folder would be taken for data by the next run."""
     value = draft.values.get("output_dir")
     if not isinstance(value, str) or not value:
         return []
@@ -122,35 +144,45 @@ def _output_among_pictures(draft: Draft, dataset: Dataset) -> list[Problem]:
 
 def _datasets(draft: Draft) -> list[tuple[tuple[str | int, ...], Dataset]]:
     """The datasets that the config names, with the key of each; also of a config with mistakes."""
-    if draft.config is not None:
-        if draft.config.train_data_dir is not None:
-            return [(("train_data_dir",), draft.config.all_datasets()[0])]
-        return [(("datasets", i, "path"), data) for i, data in enumerate(draft.config.datasets)]
-    values: dict[str, Any] = draft.values
-    folder, metadata = values.get("train_data_dir"), values.get("metadata_path")
-    if folder is None:
-        entries = enumerate(values.get("datasets", []))
-        return [(("datasets", i, "path"), Dataset.model_validate(data)) for i, data in entries]
-    return [
-        (("train_data_dir",), Dataset.model_validate({"path": folder, "metadata_path": metadata}))
-    ]
+    located: list[tuple[tuple[str | int, ...], Dataset]] = []
+    if draft.config is not None and draft.config.train_data_dir is not None:
+        located.append((("train_data_dir",), draft.config.all_datasets()[0]))
+    elif draft.config is not None:
+        written: Sequence[Dataset] = draft.config.datasets
+        for number, dataset in enumerate(written):
+            located.append((("datasets", number, "path"), dataset))
+    else:
+        values: dict[str, Any] = draft.values
+        is_text = schema_of(values) is TextConfig
+        folder, metadata = values.get("train_data_dir"), values.get("metadata_path")
+        if folder is not None:
+            entry = {"path": folder, "metadata_path": metadata}
+            located.append((("train_data_dir",), _dataset(entry, is_text=is_text)))
+            return located
+        for number, entry in enumerate(values.get("datasets", [])):
+            located.append((("datasets", number, "path"), _dataset(entry, is_text=is_text)))
+    return located
 
 
-def _folder_trouble(path: Path) -> str | None:
-    """Why `path` is no folder to read; None if it is one."""
+def _dataset(entry: dict[str, Any], *, is_text: bool) -> Dataset:
+    return TextDataset.model_validate(entry) if is_text else ImageDataset.model_validate(entry)
+
+
+def _data_trouble(path: Path, *, file_too: bool) -> str | None:
+    """Why `path` is no folder (or file) to read; None if it is one."""
     try:
-        return None if path.is_dir() else _no_folder(path)
+        return None if path.is_dir() or (file_too and path.is_file()) else _not_there(path)
     except OSError as error:  # a name too long, a folder that may not be entered
         return f"but it cannot be looked at: {error.strerror}"
 
 
-def _no_folder(path: Path) -> str:
+def _not_there(path: Path) -> str:
     if path.exists():
         return "but that is a file, not a folder"
     if not path.parent.is_dir():
         return f"but there is no such folder, nor {path.parent}"
-    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or path.suffix]
     near = difflib.get_close_matches(path.name, names, n=1)
-    return "but there is no such folder" + (
+    return f"but there is no such {'file' if path.suffix else 'folder'}" + (
         f"; did you mean {path.parent / near[0]}?" if near else ""
     )

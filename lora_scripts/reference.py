@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel
 
-from lora_scripts.config import Dataset, ImageConfig, SamplePrompt, schema
+from lora_scripts.config import schema
+from lora_scripts.schema import (
+    CommonConfig,
+    ImageConfig,
+    ImageDataset,
+    SamplePrompt,
+    TextConfig,
+    TextDataset,
+    TextPrompt,
+)
+
+# keys with a table of their own in each task: they mean something else there
+_OWN = {"task_type", "base_model", "datasets", "validation_split", "lora_alpha"}
+_SHARED = frozenset(CommonConfig.model_fields) - _OWN
 
 INTRODUCTION = """\
 # Every key of a config
 
-Written by `make schema` from `lora_scripts/config.py`; a test keeps it in step. Paths are relative
+Written by `make schema` from `lora_scripts/schema.py`; a test keeps it in step. Paths are relative
 to the folder where the command is typed. Any key can be given on the command line for one run:
 `python train.py --config x.yaml lora_rank=32`. Text is read by YAML 1.2: `true` and `false` are the
 only truth values (`no` is a text), `2e-4` is a number.
@@ -28,20 +42,45 @@ def key_list() -> str:
     """The text of docs/config.md."""
     parts = [
         INTRODUCTION,
-        _table("Images: `task_type: image-generation`", ImageConfig),
-        _table("An entry of `datasets`", Dataset),
-        _table("An entry of `sample_prompts` (or just the prompt as a text)", SamplePrompt),
+        _common_table(),
+        _table("Images: `task_type: image-generation`", ImageConfig, leaving=_SHARED),
+        _table("An entry of `datasets`, images", ImageDataset),
+        _table("An entry of `sample_prompts` (or just the prompt as a text), images", SamplePrompt),
+        _table("Texts: `task_type: text-generation`", TextConfig, leaving=_SHARED),
+        _table("An entry of `datasets`, texts", TextDataset),
+        _table("An entry of `sample_prompts` (or just the prompt as a text), texts", TextPrompt),
     ]
     return "\n".join(parts)
 
 
-def _table(title: str, section: type[BaseModel]) -> str:
+def _common_table() -> str:
+    """The keys that both tasks have; where their defaults differ, both."""
+    image, text = (kind.model_json_schema()["properties"] for kind in (ImageConfig, TextConfig))
+    required = set(CommonConfig.model_json_schema()["required"])
+    common = CommonConfig.model_json_schema()["properties"]
+    rows = []
+    for name, properties in common.items():
+        if name not in _SHARED:
+            continue
+        defaults = [_default(kind[name]) for kind in (image, text)]
+        default = " / ".join(dict.fromkeys(defaults))
+        rows.append(
+            f"| `{name}` | {_allowed(properties)} | "
+            f"{'**required**' if name in required else default} | {properties['description']} |"
+        )
+    intro = "Where two defaults stand, the first is that of images, the second that of texts.\n"
+    head = ["## Both tasks\n", intro, "| key | takes | default | |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def _table(title: str, section: type[BaseModel], leaving: Collection[str] = ()) -> str:
     required = set(section.model_json_schema().get("required", ()))
     rows = [
         f"| `{name}` | {_allowed(properties)} | "
         f"{'**required**' if name in required else _default(properties)} | "
         f"{properties['description']} |"
         for name, properties in section.model_json_schema()["properties"].items()
+        if name not in leaving
     ]
     return "\n".join(
         [f"## {title}\n", "| key | takes | default | |", "|---|---|---|---|", *rows, ""]

@@ -7,10 +7,19 @@ from pathlib import Path
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER_NAME = "adapter_model.safetensors"
+TEXT_NAMES = (
+    ADAPTER_NAME,
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 NAMES = (
     METRICS,
     CHECKPOINTS,
     DIFFUSERS_NAME,
+    *TEXT_NAMES,
     "tensorboard",
     "samples",
     "run.log",
@@ -19,7 +28,7 @@ NAMES = (
     "README.md",
     "loss.svg",
 )
-OVERWRITTEN = ("config.yaml", "README.md", "loss.svg", "run.json")
+OVERWRITTEN = ("config.yaml", "README.md", "loss.svg", "run.json", *TEXT_NAMES)
 
 
 def holds_a_run(folder: Path) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_scripts import run_files
-from lora_scripts.config import Config
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import replace
+from lora_scripts.schema import Config
 from lora_scripts.training import checkpoint
 from lora_scripts.training.checkpoint import State
 
@@ -27,10 +27,11 @@ logger = logging.getLogger(__name__)
 FREE_KEYS = frozenset(
     {
         "format_version", "base_model", "train_data_dir", "metadata_path", "datasets", "cache_dir",
-        "epochs", "max_train_steps", "device", "mixed_precision", "gradient_checkpointing",
+        "epochs", "max_train_steps", "early_stopping_patience", "device",
+        "mixed_precision", "gradient_checkpointing",
         "eval_steps", "histogram_steps", "sample_steps", "sample_prompts",
         "output_dir", "output_name", "save_steps", "save_every_epochs", "save_total_limit",
-        "save_dtype", "resume",
+        "save_dtype", "resume", "trust_remote_code",
     }
 )  # fmt: skip
 
@@ -93,7 +94,7 @@ def refuse_other_inputs(path: Path, state: State, fingerprint: Mapping[str, str]
     Raises:
         UserError: naming what changed.
     """
-    names = {"data": "the pictures or captions", "base_model": "the base model"}
+    names = {"data": "the data", "base_model": "the base model"}
     changed = [names[key] for key in fingerprint if state.fingerprint.get(key) != fingerprint[key]]
     if changed:
         what = f"{' and '.join(changed)} changed since this checkpoint. {_ways_on()}"
@@ -114,10 +115,11 @@ def _is_finished(folder: Path, config: Config, state: State) -> bool:
     except FileNotFoundError:
         return False
     same_length = all(
-        state.config.get(key) == getattr(config, key) for key in ("epochs", "max_train_steps")
+        state.config.get(key) == getattr(config, key)
+        for key in ("epochs", "max_train_steps", "early_stopping_patience")
     )
     files_there = all((folder / name).is_file() for name in record["files"])
-    return same_length and files_there and bool(record["steps"] == state.position.step)
+    return same_length and files_there and bool(record["last_step"] == state.position.step)
 
 
 def _refuse_changes(config: Config, path: Path, state: State) -> None:

@@ -42,7 +42,7 @@ def allowed(details: Any) -> str:
             return 'must be a text (quote it: "…")'
         case "path_type":
             return "must be a path"
-        case "list_type":
+        case "list_type" | "sequence_str" | "is_instance_of":
             return "must be a list"
         case "model_type" | "dict_type" | "model_attributes_type":
             text_too = "a text or " if details["loc"][0] == "sample_prompts" else ""

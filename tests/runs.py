@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_scripts import pipeline
-from lora_scripts.config import Config, read
+from lora_scripts.config import read
 from lora_scripts.device import Compute, choose
 from lora_scripts.preflight import inputs
+from lora_scripts.schema import Config
 from lora_scripts.tasks import build
 from lora_scripts.tasks.diffusion import DiffusionTask
+from lora_scripts.tasks.language import LanguageTask
 from tests import toys
 
 
@@ -32,6 +34,45 @@ def values(base: Path, data: Path, folder: Path, **changes: Any) -> dict[str, An
     }
 
 
+def text_values(base: Path, data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """The keys of a short run on text in float32."""
+    return {
+        "task_type": "text-generation",
+        "base_model": str(base),
+        "train_data_dir": str(data),
+        "output_dir": str(folder / "output" / "toy"),
+        "cache_dir": str(folder / "cache"),
+        "max_seq_length": 256,
+        "lora_rank": 4,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 0,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "epochs": 2,
+        "validation_split": 0,
+        "mixed_precision": "no",
+        **changes,
+    }
+
+
+def run_text(base: Path, data: Path, folder: Path, **changes: Any) -> tuple[int, Path]:
+    """A whole run on text. Returns the exit code and the output folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = toys.write_config(folder / "run.yaml", **text_values(base, data, folder, **changes))
+    return pipeline.run(path), folder / "output" / "toy"
+
+
+def text_task(
+    base: Path, data: Path, folder: Path, **changes: Any
+) -> tuple[LanguageTask, Config, Compute]:
+    """A text task as the pipeline builds it: tokenised, with its LoRA attached."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = toys.write_config(folder / "task.yaml", **text_values(base, data, folder, **changes))
+    built, config, compute = _build(path)
+    assert isinstance(built, LanguageTask)
+    return built, config, compute
+
+
 def run(base: Path, data: Path, folder: Path, **changes: Any) -> tuple[int, Path]:
     """A whole run. Returns the exit code and the output folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,11 +86,17 @@ def task(
     """A task as the pipeline builds it: encoded, with its LoRA attached."""
     folder.mkdir(parents=True, exist_ok=True)
     path = toys.write_config(folder / "task.yaml", **values(base, data, folder, **changes))
+    built, config, compute = _build(path)
+    assert isinstance(built, DiffusionTask)
+    return built, config, compute
+
+
+def _build(path: Path) -> tuple[DiffusionTask | LanguageTask, Config, Compute]:
     draft = read(path)
     rows, _ = inputs(draft)
     config = draft.checked()
     compute = choose(config.device, config.mixed_precision)
-    built = build.build(config, rows, build.find_base(config.base_model), compute)
+    built = build.build(config, rows, compute)
     built.encode(lambda what, done, total: None)
     built.attach()
     return built, config, compute

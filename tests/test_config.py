@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_scripts import config, reference, yaml_source
+from lora_scripts import config, reference, schema, yaml_source
 from lora_scripts.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("my.yaml")
 
 
-def load(file: Path, text: str, *overrides: str) -> config.Config:
+def load(file: Path, text: str, *overrides: str) -> Any:
     file.write_text(text, encoding="utf-8")
     return config.load(file, overrides)
 
@@ -356,7 +356,7 @@ def texts() -> st.SearchStrategy[str]:
 def test_dump_is_loaded_again(
     file: Path, text: str, rate: float, rank: int, some: int | None
 ) -> None:
-    written = config.Config.model_validate(
+    written = schema.ImageConfig.model_validate(
         {
             "base_model": "m", "output_dir": "输出/o", "datasets": [{"path": "a"}, {"path": "b c"}],
             "caption_prefix": text, "learning_rate": rate, "lora_rank": rank,
@@ -369,7 +369,15 @@ def test_dump_is_loaded_again(
 
 # --- any text -----------------------------------------------------------------------------------
 
-KEYS = [*config.Config.model_fields, "path", "prompt", "lora_rnk", "<<", ""]
+KEYS = [
+    *schema.ImageConfig.model_fields,
+    *schema.TextConfig.model_fields,
+    "path",
+    "prompt",
+    "lora_rnk",
+    "<<",
+    "",
+]
 SCALARS = st.text(max_size=8) | st.sampled_from(
     [
         "5", "-1", "2e-4", ".nan", ".inf", "1e999", "9" * 40, "0x" + "f" * 50, "no", "true", "~",
@@ -412,11 +420,75 @@ def test_any_bytes_are_a_draft_or_refused(
         assert error.problems
 
 
+# --- two kinds of task ----------------------------------------------------------------------------
+
+TEXT = GOOD + "task_type: text-generation\n"
+
+
+def test_a_text_config_has_the_same_keys_and_its_own_defaults(file: Path) -> None:
+    found = load(file, TEXT + "lora_rank: 8\n")
+    assert isinstance(found, schema.TextConfig)
+    assert (found.lora_alpha, found.learning_rate, found.weight_decay) == (16, 2e-4, 0)
+    assert (found.lr_scheduler, found.lr_warmup_steps) == ("cosine", None)
+    assert found.batch_size * found.gradient_accumulation_steps == 16
+    assert (found.train_on, found.packing, found.validation_split) == ("responses", True, 0.05)
+    (dataset,) = found.all_datasets()
+    assert dataset.weight == 1
+    common = set(schema.CommonConfig.model_fields)
+    assert common <= set(schema.ImageConfig.model_fields)
+    assert common <= set(schema.TextConfig.model_fields)
+
+
+def test_task_type_mistyped(file: Path) -> None:
+    found = problems(file, GOOD + "task_type: text-generatoin\nmax_seq_length: 512\n")
+    assert found == [
+        'my.yaml line 4: task_type: found the text "text-generatoin", must be image-generation '
+        "or text-generation"
+    ]
+    (found_number,) = problems(file, GOOD + "task_type: 3\n")
+    assert "found 3, must be image-generation or text-generation" in found_number
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "other"),
+    [
+        (GOOD, "max_seq_length: 512", "text-generation"),
+        (TEXT, "resolution: 512", "image-generation"),
+    ],
+)
+def test_a_key_of_the_other_task(file: Path, text: str, key: str, other: str) -> None:
+    (problem,) = problems(file, text + key + "\n")
+    assert problem.endswith(f"unknown key; it belongs to task_type: {other}")
+
+
+def test_keys_of_a_text_config_that_do_not_fit_together(file: Path) -> None:
+    text = TEXT.replace("base_model: m", "base_model: m.gguf")
+    found = problems(file, text + "max_seq_length: 64\nstride: 64\nquantization: nf4\n")
+    assert [problem.split(": ", 2)[1] for problem in found] == ["stride", "quantization"]
+    assert "must be less than max_seq_length (64)" in found[0]
+    (patience,) = problems(file, TEXT + "early_stopping_patience: 2\nvalidation_split: 0\n")
+    assert "early_stopping_patience: needs held-out data" in patience
+
+
+def test_weights_and_roles_of_text_datasets(file: Path) -> None:
+    text = "base_model: m\noutput_dir: o\ntask_type: text-generation\ndatasets:\n"
+    rows = "  - {path: a.jsonl, weight: 0.5}\n  - {path: b.jsonl, role: validation}\n"
+    found = load(file, text + rows)
+    assert [data.weight for data in found.all_datasets()] == [0.5, 1]
+    assert found.validation_split == 0
+    assert load(file, config.dump(found)) == found
+    (problem,) = problems(file, text + "  - {path: a.jsonl, repeats: 2}\n")
+    assert problem.startswith("my.yaml line 5: datasets.0.repeats: unknown key")
+
+
 # --- the schema for editors -----------------------------------------------------------------------
 
 
 def test_every_key_has_a_sentence() -> None:
-    for section in (config.ImageConfig, config.Dataset, config.SamplePrompt):
+    for section in (
+        schema.ImageConfig, schema.ImageDataset, schema.SamplePrompt,
+        schema.TextConfig, schema.TextDataset, schema.TextPrompt, schema.CommonConfig,
+    ):  # fmt: skip
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
             assert field.description.endswith("."), f"{section.__name__}.{name}"

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_scripts import reference
-from lora_scripts.config import Dataset, ImageConfig, SamplePrompt
+from lora_scripts.schema import (
+    ImageConfig,
+    ImageDataset,
+    SamplePrompt,
+    TextConfig,
+    TextDataset,
+    TextPrompt,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,7 +24,7 @@ def test_the_key_list_is_in_step() -> None:
 
 def test_every_key_is_listed_with_its_meaning() -> None:
     text = reference.key_list()
-    for section in (ImageConfig, Dataset, SamplePrompt):
+    for section in (ImageConfig, ImageDataset, SamplePrompt, TextConfig, TextDataset, TextPrompt):
         for name, field in section.model_fields.items():
             assert f"| `{name}` |" in text
             assert field.description and f"| {field.description} |" in text

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,8 +45,8 @@ class Cache:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         replace(temporary, path)
 
-    def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The tensors of an entry, read through a memory map that is closed again.
+    def read(self, key: str, leaving: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        """The tensors of an entry but those `leaving`, read through a map that is closed again.
 
         Raises:
             UserError: if the entry is damaged; deleting it makes the next run encode it again.
@@ -54,7 +54,8 @@ class Cache:
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as entry:
-                return {name: entry.get_tensor(name).clone() for name in entry.keys()}  # noqa: SIM118
+                names = set(entry.keys()) - set(leaving)
+                return {name: entry.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError) as error:
             what = f"this cache entry cannot be read ({error}); delete it, it is made again"
             raise user_error(str(path), what) from None

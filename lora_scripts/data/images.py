@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_scripts.config import Config, Dataset
 from lora_scripts.data import buckets, captions, pixels, records, validate
 from lora_scripts.data.cache import file_hash
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.randomness import numpy_generator, seed_of
+from lora_scripts.schema import ImageConfig, ImageDataset
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -72,7 +72,7 @@ class Gathered:
 
 
 def gather(
-    rows: Sequence[tuple[records.Record, Dataset]], config: Config, pixel_multiple: int
+    rows: Sequence[tuple[records.Record, ImageDataset]], config: ImageConfig, pixel_multiple: int
 ) -> Gathered:
     """Deal checked rows into buckets and splits.
 
@@ -104,7 +104,7 @@ def gather(
     return Gathered(train, validation)
 
 
-def bucket_sizes(config: Config, pixel_multiple: int) -> list[Size]:
+def bucket_sizes(config: ImageConfig, pixel_multiple: int) -> list[Size]:
     """The buckets of a run.
 
     Raises:
@@ -122,7 +122,7 @@ def bucket_sizes(config: Config, pixel_multiple: int) -> list[Size]:
 
 
 def _split(
-    pictures: list[Picture], roles: Sequence[str], config: Config
+    pictures: list[Picture], roles: Sequence[str], config: ImageConfig
 ) -> tuple[list[Picture], list[Picture]]:
     """Training and held-out pictures: by the datasets' roles, or a share drawn by the seed."""
     train = [p for p, role in zip(pictures, roles, strict=True) if role == "train"]

@@ -6,39 +6,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_scripts.config import Config
 from lora_scripts.files import write_text
+from lora_scripts.schema import Config, ImageConfig
 from lora_scripts.training.log import read_metrics
 
 CURVE_WIDTH, CURVE_HEIGHT = 640, 240
 CURVE_POINTS = 200  # the training loss is averaged down to about this many points
 
 
-def write(config: Config, config_name: str, record: Mapping[str, Any]) -> None:
-    """Write README.md and loss.svg into the run's folder, from its metrics.jsonl and samples/."""
+def write(config: Config, config_name: str, record: Mapping[str, Any], usage: str) -> None:
+    """Write README.md and loss.svg into the run's folder, from its metrics.jsonl and samples/.
+
+    `usage`: how the files are used, in Markdown.
+    """
     folder = config.output_dir
     write_text(folder / "loss.svg", _curve(read_metrics(folder)))
-    write_text(folder / "README.md", _card(config, config_name, record, _samples(folder)))
+    write_text(folder / "README.md", _card(config, config_name, record, usage))
 
 
-def _card(
-    config: Config, config_name: str, record: Mapping[str, Any], samples: Sequence[str]
-) -> str:
+def _card(config: Config, config_name: str, record: Mapping[str, Any], usage: str) -> str:
     losses = record["held_out_loss"]
-    trigger = f"\nTrigger word: `{config.trigger_word}`\n" if config.trigger_word else ""
-    pictures = "\n".join(f"![{name}](samples/{name})" for name in samples)
+    word = config.trigger_word if isinstance(config, ImageConfig) else None
+    trigger = f"\nTrigger word: `{word}`\n" if word else ""
     return f"""# {config.output_name}
 
 A LoRA for `{config.base_model}`, made by lora-scripts.
 {trigger}
 ## Use
 
-| program | how |
-|---|---|
-| AUTOMATIC1111, Forge, SD.Next | copy `{config.output_name}.safetensors` to `models/Lora`; \
-`<lora:{config.output_name}:0.8>` in the prompt |
-| ComfyUI | copy `{config.output_name}.safetensors` to `models/loras`; Load LoRA node |
-| diffusers | `pipeline.load_lora_weights("{config.output_dir.as_posix()}")` |
+{usage}
 
 ## Training
 
@@ -49,7 +45,7 @@ A LoRA for `{config.base_model}`, made by lora-scripts.
 | data | {record["data"]} |
 | trainable | {record["trainable"]} |
 | rank, alpha | {config.lora_rank}, {config.lora_alpha:g} |
-| steps | {record["steps"]} |
+| steps | {_steps(record)} |
 | learning rate | {config.learning_rate:g}, {config.lr_scheduler} |
 | batch | {config.batch_size} × {config.gradient_accumulation_steps} accumulated |
 | held-out loss, first → last | {losses["first"]:.5f} → {losses["last"]:.5f} |
@@ -60,17 +56,30 @@ A LoRA for `{config.base_model}`, made by lora-scripts.
 
 ## Samples
 
-{pictures or "No `sample_prompts` were configured."}
+{_samples(config.output_dir) or "No `sample_prompts` were configured."}
 """
 
 
-def _samples(folder: Path) -> list[str]:
-    """The sample pictures of the first and of the last round."""
-    names = sorted(path.name for path in (folder / "samples").glob("step-*.png"))
-    if not names:
-        return []
-    ends = {names[0].split("_")[0], names[-1].split("_")[0]}
-    return [name for name in names if name.split("_")[0] in ends]
+def _steps(record: Mapping[str, Any]) -> str:
+    if record["steps"] == record["last_step"]:
+        return str(record["steps"])
+    return f"{record['steps']}, the best of {record['last_step']} by held-out loss"
+
+
+def _samples(folder: Path) -> str:
+    """The samples of the first and of the last round, pictures or texts, in Markdown."""
+    paths = sorted((folder / "samples").glob("step-*.*"))
+    ends = {path.name.split("_")[0] for path in paths[:1] + paths[-1:]}
+    shown = [path for path in paths if path.name.split("_")[0] in ends]
+    return "\n".join(_shown(path) for path in shown)
+
+
+def _shown(path: Path) -> str:
+    if path.suffix == ".png":
+        return f"![{path.name}](samples/{path.name})"
+    text = path.read_text(encoding="utf-8").strip()
+    quoted = "\n".join(f"> {line}" for line in text.splitlines())
+    return f"`{path.stem}`\n\n{quoted}\n"
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:

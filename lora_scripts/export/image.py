@@ -6,24 +6,69 @@ reader: its output must be the trained model's at the file's precision.
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 
 import torch
 
-from lora_scripts.config import Config
+from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError
 from lora_scripts.export import files
+from lora_scripts.export.finished import Finished
 from lora_scripts.models import lora
 from lora_scripts.models.family import ImageFamily
+from lora_scripts.schema import ImageConfig
+from lora_scripts.tasks import build
 from lora_scripts.tasks.diffusion import DiffusionTask
 from lora_scripts.training.checkpoint import Position
 
+USAGE = """\
+| program | how |
+|---|---|
+| AUTOMATIC1111, Forge, SD.Next | copy `{name}.safetensors` to `models/Lora`; \
+`<lora:{name}:0.8>` in the prompt |
+| ComfyUI | copy `{name}.safetensors` to `models/loras`; Load LoRA node |
+| diffusers | `pipeline.load_lora_weights("{folder}")` |"""
 TOLERANCE = 1e-5  # of the output's largest value, both computed in float32 on one device
 
 
+class ImageExport:
+    """The LoRA files of an image run."""
+
+    def __init__(
+        self, task: DiffusionTask, config: ImageConfig, compute: Compute, began: float
+    ) -> None:
+        self.task = task
+        self.config = config
+        self.compute = compute
+        self.began = began
+
+    def checkpoint_files(self, folder: Path, position: Position) -> list[Path]:
+        return write_checkpoint_file(self.task, self.config, self.began, folder, position)
+
+    def finish(self, position: Position) -> Finished:
+        paths = write_finished(self.task, self.config, self.began, position)
+        reference = reference_output(self.task.family, files.DTYPES[self.config.save_dtype])
+        self.task.release()
+        gc.collect()
+        fresh = build.load_family(build.find_base(self.config.base_model), self.compute)
+        difference = check_reload(reference, fresh, self.config.output_dir)
+        return Finished(paths, difference, "diffusers")
+
+    def card_usage(self) -> str:
+        folder = self.config.output_dir.as_posix()
+        return USAGE.format(name=self.config.output_name, folder=folder)
+
+    def hints(self) -> list[str]:
+        return [
+            f"in a WebUI prompt: <lora:{self.config.output_name}:0.8>; "
+            f"in diffusers: load_lora_weights({str(self.config.output_dir)!r})"
+        ]
+
+
 def metadata(
-    task: DiffusionTask, config: Config, position: Position, started: float
+    task: DiffusionTask, config: ImageConfig, position: Position, started: float
 ) -> dict[str, str]:
     """The header of a LoRA file, in the field names that the WebUIs show and search."""
     return {
@@ -56,7 +101,7 @@ def metadata(
 
 
 def write_checkpoint_file(
-    task: DiffusionTask, config: Config, started: float, folder: Path, position: Position
+    task: DiffusionTask, config: ImageConfig, started: float, folder: Path, position: Position
 ) -> list[Path]:
     """The adapter as it is, ready to be tried in any program: `NAME-000100.safetensors`."""
     path = folder / f"{config.output_name}-{position.step:06d}.safetensors"
@@ -72,7 +117,7 @@ def write_checkpoint_file(
 
 
 def write_finished(
-    task: DiffusionTask, config: Config, started: float, position: Position
+    task: DiffusionTask, config: ImageConfig, started: float, position: Position
 ) -> list[Path]:
     """The finished LoRA under its two names."""
     return files.write_twice(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_scripts.errors import user_error
@@ -39,8 +40,10 @@ def local_path(base_model: str) -> Path | None:
     raise user_error(base_model, f"no such file or folder{_nearest(path)}")
 
 
-def fetch(hub_id: str) -> Path:
-    """The hub's files of a diffusers pipeline in the local cache, downloaded if need be.
+def fetch(hub_id: str, wanted: Sequence[str] = WANTED, unwanted: Sequence[str] = UNWANTED) -> Path:
+    """The hub's files of a model in the local cache, downloaded if need be.
+
+    `wanted` and `unwanted` are patterns of file names; by default those of a diffusers pipeline.
 
     Raises:
         UserError: if the model cannot be had: offline, unknown, or closed to this user.
@@ -55,7 +58,7 @@ def fetch(hub_id: str) -> Path:
 
     try:
         return Path(
-            snapshot_download(hub_id, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+            snapshot_download(hub_id, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
         )
     except GatedRepoError:
         what = "the hub asks for your consent: accept the model's terms there, then `hf auth login`"

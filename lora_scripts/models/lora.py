@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_scripts.errors import WorkError, user_error
+
 ADAPTER = "default"
+# what a PEFT adapter may use beyond one scale, one rank and two matrices a layer
+_SPECIAL = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
+            "target_parameters", "trainable_token_indices", "layer_replication")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,143 @@ def layers(module: nn.Module) -> list[AdaptedLayer]:
         for path, layer in module.named_modules()
         if isinstance(layer, LoraLayer)
     ]
+
+
+def peft_tensors(adapters: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of PEFT's adapter_model.safetensors, under the names that PEFT looks for."""
+    tensors = {}
+    for layer in adapters:
+        tensors[f"base_model.model.{layer.path}.lora_A.weight"] = layer.down.to(dtype).contiguous()
+        tensors[f"base_model.model.{layer.path}.lora_B.weight"] = layer.up.to(dtype).contiguous()
+    return tensors
+
+
+def write_peft_config(folder: Path, module: nn.Module, base_model: str) -> Path:
+    """PEFT's adapter_config.json for the adapters of `module`, a language model."""
+    adapters = layers(module)
+    targets = _shortest(module, [layer.path for layer in adapters])
+    return _write_config(folder, adapters[0], targets, base_model)
+
+
+def write_peft(folder: Path, adapters: Sequence[AdaptedLayer], base_model: str) -> None:
+    """A PEFT directory of adapters that belong to no module at hand, in float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(peft_tensors(adapters, torch.float32), folder / "adapter_model.safetensors")
+    targets = sorted(layer.path for layer in adapters)
+    _write_config(folder, adapters[0], targets, base_model)
+
+
+def _write_config(
+    folder: Path, example: AdaptedLayer, targets: Sequence[str], base_model: str
+) -> Path:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=example.down.shape[0],
+        lora_alpha=example.alpha,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    return folder / "adapter_config.json"
+
+
+def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
+    """The adapters of a PEFT directory as float32, alpha times `scale`.
+
+    Raises:
+        UserError: if it holds what plain LoRA cannot express.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    special = [name for name in _SPECIAL if getattr(config, name, None)]
+    if special:
+        raise user_error(str(folder), f"uses {', '.join(special)}, which plain LoRA cannot express")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    ends = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+    paths = [name.removesuffix(ends["down"]) for name in tensors if name.endswith(ends["down"])]
+    return [
+        AdaptedLayer(
+            path=path.removeprefix("base_model.model."),
+            down=tensors[path + ends["down"]].float(),
+            up=tensors[path + ends["up"]].float(),
+            alpha=float(config.lora_alpha) * scale,
+        )
+        for path in paths
+    ]
+
+
+def name_base(folder: Path, base_model: str) -> None:
+    """Write another base model into a PEFT directory's adapter_config.json."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = base_model
+    config.save_pretrained(str(folder))
+
+
+def merge(adapted: Any) -> Any:
+    """The plain model with its active adapters added to its weights.
+
+    Raises:
+        WorkError: if a merged weight is not finite.
+    """
+    try:
+        return adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise WorkError(str(error)) from None
+
+
+def _shortest(module: nn.Module, paths: Sequence[str]) -> list[str]:
+    """`q_proj` in place of the paths in all blocks, where that means just the same layers."""
+    inside = tuple(f"{path}." for path in paths)
+    names = {path.rsplit(".", 1)[-1] for path in paths}
+    meant = {
+        path
+        for path, _ in module.named_modules()
+        if path.rsplit(".", 1)[-1] in names and not path.startswith(inside)
+    }
+    return sorted(names) if meant == set(paths) else sorted(paths)
+
+
+def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
+    """A model with finished PEFT adapters on it, each at its strength (1.0: as trained).
+
+    `adapters`: folders with an adapter_config.json. PEFT's own reader loads them.
+
+    Raises:
+        UserError: if an adapter does not fit the model.
+    """
+    from peft import PeftModel
+
+    names = [f"adapter_{number}" for number, _ in enumerate(adapters)]
+    adapted: Any = None
+    for name, (folder, _) in zip(names, adapters, strict=True):
+        try:
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                adapted.load_adapter(str(folder), adapter_name=name)
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            what = f"this adapter does not fit the base model: {reason}"
+            raise user_error(str(folder), what) from None
+    set_strengths(adapted, dict(zip(names, (scale for _, scale in adapters), strict=True)))
+    return adapted.eval()
+
+
+def set_strengths(adapted: Any, strengths: Mapping[str, float]) -> None:
+    """Let the adapters of these names act together, each at its strength."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted.base_model.set_adapter(list(strengths), inference_mode=True)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            for name, scale in strengths.items():
+                module.set_scale(name, scale)
 
 
 def round_to(module: nn.Module, dtype: torch.dtype) -> None:

@@ -13,17 +13,19 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from lora_scripts.config import Config, SamplePrompt
 from lora_scripts.data import cache
 from lora_scripts.data.images import Gathered, Picture, PictureSet, pixels_of
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.models import lora
 from lora_scripts.models.family import DrawRequest, ImageFamily, Prediction
 from lora_scripts.randomness import generator, seed_of
+from lora_scripts.schema import ImageConfig, SamplePrompt
 from lora_scripts.tasks.task import Batch, Indices, Key, Loss
 
 MEASURED_VIEWS = 16  # forward passes of one held-out measurement, spread over pictures and noise
 MEASURED_TRAINING_PICTURES = 8  # when nothing is held out
+FEW_STEPS = 300
+FEW_VIEWS = 15
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 class DiffusionTask:
     """Learns the pictures of a folder as a LoRA on a text-to-image model."""
 
-    def __init__(self, config: Config, family: ImageFamily, data: Gathered) -> None:
+    def __init__(self, config: ImageConfig, family: ImageFamily, data: Gathered) -> None:
         _check_sample_sizes(config, family.pixel_multiple)
         self.config = config
         self.family = family
@@ -61,6 +63,15 @@ class DiffusionTask:
         sizes = ", ".join(f"{w}×{h}: {count}" for (w, h), count in sorted(buckets.items()))
         held_out = len(self.validation_set.pictures) if self.held_out else "none"
         return f"{self.items} pictures ({sizes}), {held_out} held out"
+
+    def advice(self, steps: int, views: float) -> str | None:
+        """What a person with so few steps, or views of each picture, should know."""
+        if steps >= FEW_STEPS and views >= FEW_VIEWS:
+            return None
+        return (
+            f"That is little: a LoRA seldom takes shape in fewer than {FEW_STEPS} steps or "
+            f"{FEW_VIEWS} views of each sample. Raise epochs or repeats, or lower batch_size."
+        )
 
     def attach(self) -> None:
         """Freeze the model and put the LoRA on it."""
@@ -252,7 +263,7 @@ def min_snr_weight(signal_B: torch.Tensor, gamma: float, prediction: Prediction)
     return snr_B.clamp(max=gamma) / (snr_B + 1)
 
 
-def _check_sample_sizes(config: Config, multiple: int) -> None:
+def _check_sample_sizes(config: ImageConfig, multiple: int) -> None:
     """Sides of sample pictures that the model cannot draw would fail in the middle of a run."""
     problems = [
         Problem(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,11 +20,13 @@ class Loss:
     """`total`: weighted sum of the items' losses (scalar). `count`: the sum of the weights.
 
     Sums, not means: gradients of several micro-batches (or processes) are added and divided once
-    by the global count, so that accumulation changes nothing but memory.
+    by the global count, so that accumulation changes nothing but memory. `tallies` are counted up
+    over the run and noted in the metrics: {"tokens": …}.
     """
 
     total: torch.Tensor
     count: float
+    tallies: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Task(Protocol):
     @property
     def fingerprint(self) -> Mapping[str, str]:
         """Hashes of what a run must find unchanged to go on: {"data": …, "base_model": …}."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the validation split is data that is not learned from."""
 
     def plan(self, key: Key) -> Sequence[Indices]:
         """The order of all micro-batches of an epoch. Pure, cheap; its length gives the steps."""

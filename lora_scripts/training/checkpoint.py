@@ -41,10 +41,29 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The lowest held-out loss so far, and how many measurements came since without a lower one."""
+
+    step: int
+    loss: float
+    waited: int = 0
+
+
+def judged(best: Best | None, step: int, loss: float) -> Best:
+    """The best after one more measurement."""
+    if best is None or loss < best.loss:
+        return Best(step, loss)
+    return Best(best.step, best.loss, best.waited + 1)
+
+
+@dataclass(frozen=True)
 class State:
-    """What `state.json` holds."""
+    """What `state.json` holds. `passing`: saved for being the best only, not because it was due."""
 
     position: Position
+    best: Best | None
+    tallies: Mapping[str, int]
+    passing: bool
     total_steps: int
     precision: str
     scaler: Mapping[str, Any]
@@ -60,8 +79,12 @@ def write(
     write_adapter: Callable[[Path], list[Path]],
     limit: int | None,
 ) -> Path:
-    """Write `folder/step-NNNNNN`, then remove the oldest beyond `limit`. Returns its path."""
-    name = f"step-{state.position.step:06d}"
+    """Write `folder/step-NNNNNN`, then remove the oldest beyond `limit`. Returns its path.
+
+    The best checkpoint stays whatever `limit` says; one that was only saved for being the best
+    goes when a better one is there.
+    """
+    name = name_of(state.position.step)
     temporary = folder / f".{name}.tmp"
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -87,9 +110,33 @@ def write(
         shutil.rmtree(target)
     replace(temporary, target)
     sync(folder)
-    for old in listed(folder)[:-limit] if limit else []:
+    for old in superseded(folder, target, state.best, limit):
         _remove(old)
     return target
+
+
+def name_of(step: int) -> str:
+    """The folder name of the checkpoint after `step`."""
+    return f"step-{step:06d}"
+
+
+def superseded(folder: Path, newest: Path, best: Best | None, limit: int | None) -> list[Path]:
+    """The checkpoints that may go now."""
+    kept_name = name_of(best.step) if best else None
+    others = [path for path in listed(folder) if path != newest and path.name != kept_name]
+    passing = [path for path in others if _is_passing(path)]
+    due = [path for path in others if path not in passing]
+    room = limit - 1 if limit else len(due)
+    return passing + due[: max(0, len(due) - room)]
+
+
+def _is_passing(checkpoint: Path) -> bool:
+    """A checkpoint whose state cannot be read is not ours to remove early."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(state.get("passing", False))
 
 
 def listed(folder: Path) -> list[Path]:
@@ -123,9 +170,11 @@ def read_state(checkpoint: Path) -> State:
             raise user_error(
                 str(path), "is damaged: its checksum is not the one noted in state.json"
             )
+    plain = State.__dataclass_fields__.keys() - {"position", "best"}
     return State(
         position=Position(**values["position"]),
-        **{key: values[key] for key in State.__dataclass_fields__ if key != "position"},
+        best=Best(**values["best"]) if values["best"] else None,
+        **{key: values[key] for key in plain},
     )
 
 
@@ -182,17 +231,7 @@ def unpack(
     Raises:
         UserError: if the checkpoint belongs to other layers or another rank.
     """
-    tensors = load_file(checkpoint / "training.safetensors")
-    adapters = {
-        n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")
-    }
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    if {name: tuple(t.shape) for name, t in adapters.items()} != shapes:
-        what = "its adapters do not have the layers and shapes of this config"
-        raise user_error(str(checkpoint), what)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(adapters[name])
+    tensors = load_adapters(checkpoint, parameters)
     entries: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(parameters):
         prefix = f"optimizer.{name}."
@@ -209,6 +248,28 @@ def unpack(
     optimizer.load_state_dict(
         {"state": {i: e for i, e in entries.items() if e}, "param_groups": groups}
     )
+
+
+def load_adapters(
+    checkpoint: Path, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Put a checkpoint's adapters back. Returns all tensors of the checkpoint.
+
+    Raises:
+        UserError: if the checkpoint belongs to other layers or another rank.
+    """
+    tensors = load_file(checkpoint / "training.safetensors")
+    adapters = {
+        n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")
+    }
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    if {name: tuple(t.shape) for name, t in adapters.items()} != shapes:
+        what = "its adapters do not have the layers and shapes of this config"
+        raise user_error(str(checkpoint), what)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(adapters[name])
+    return tensors
 
 
 def _remove(checkpoint: Path) -> None:

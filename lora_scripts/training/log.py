@@ -61,6 +61,7 @@ class RunLog:
         self._started = time.monotonic()
         self._last_line = self._started
         self._first_step = first_step
+        self._first_tokens: tuple[float, float] | None = None
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -87,11 +88,21 @@ class RunLog:
             self._board.add_scalar(f"grad_norm/{name}", norm, step)
         rate = (step - self._first_step) / max(1e-9, time.monotonic() - self._started)
         shown = f"loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.1e}  {rate:.2f} it/s"
+        if "tokens" in numbers:
+            shown += self._token_rate(numbers["tokens"])
         self._bar.update(self._task, completed=step, numbers=shown)
         if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             left = (self._total_steps - step) / rate
             logger.info("step %d/%d  %s  %.0f s left", step, self._total_steps, shown, left)
             self._last_line = time.monotonic()
+
+    def _token_rate(self, tokens: float) -> str:
+        """Tokens a second since the first step that was seen here."""
+        if self._first_tokens is None:
+            self._first_tokens = (tokens, time.monotonic())
+            return ""
+        before, then = self._first_tokens
+        return f"  {(tokens - before) / (time.monotonic() - then):.0f} tokens/s"
 
     def evaluation(self, step: int, eval_loss: float) -> None:
         """One held-out measurement."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,15 +17,15 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lora_scripts.config import Config
 from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError
 from lora_scripts.models import lora
 from lora_scripts.randomness import seed_of
 from lora_scripts.run_files import CHECKPOINTS
+from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Batch, Indices, Key, Task
 from lora_scripts.training import checkpoint, optim
-from lora_scripts.training.checkpoint import Position, State
+from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.evaluate import held_out_loss, to_device
 from lora_scripts.training.log import RunLog
 
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 TOTAL_SCALE = 2.0**-7  # keeps an fp16 backward of a sum over many items from overflowing
 PREFETCHED_BATCHES = 4
+BLOCK = re.compile(r".*?\.\d+(?=\.)")  # a path up to its first number
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Outcome:
     position: Position
     total_steps: int
     interrupted: bool
+    best: Best | None
+    exported: Position  # what the adapters on the model are: the last step, or the best
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,18 @@ def train(
         checkpoint.unpack(*start, parameters, optimizer)
         scaler.load_state_dict(dict(start[1].scaler))
         position = start[1].position
+    best = start[1].best if start else None
+    tallies = Counter(start[1].tallies if start else {})
     total_steps = count_steps(task, config)
 
-    def save(position: Position) -> None:
+    def save(position: Position, *, passing: bool) -> None:
         log.flush()
         tensors, numbers = checkpoint.pack(parameters, optimizer)
         state = State(
             position=position,
+            best=best,
+            tallies=dict(tallies),
+            passing=passing,
             total_steps=total_steps,
             precision=compute.precision,
             scaler=scaler.state_dict(),
@@ -106,18 +115,25 @@ def train(
         )
         logger.info("step %d: checkpoint %s", position.step, path)
 
-    def look(step: int, *, sampling: bool, measuring: bool) -> None:
+    def look(step: int, *, sampling: bool, measuring: bool) -> float | None:
         for module in task.adapted.values():
             module.eval()
-        if measuring:
-            log.evaluation(step, held_out_loss(task, config.seed, compute))
+        loss = held_out_loss(task, config.seed, compute) if measuring else None
+        if loss is not None:
+            log.evaluation(step, loss)
         if sampling:
             log.samples(step, task.sample(Key(config.seed, "validation", 0)))
+        return loss
+
+    def exhausted() -> bool:
+        patience = config.early_stopping_patience
+        return bool(patience and best and best.waited >= patience)
 
     with RunLog(folder, position.step, total_steps) as log, stop_signals() as stopped:
         if position.step == 0:
             look(0, sampling=True, measuring=True)
-        for step, batches in prefetched(task, steps(task, config, position, total_steps)):
+        todo = [] if exhausted() else steps(task, config, position, total_steps)
+        for step, batches in prefetched(task, iter(todo)):
             # ---------------------------------------------------------------- the training step
             for module in task.adapted.values():
                 module.train()
@@ -131,6 +147,7 @@ def train(
                 torch.autograd.backward(scaler.scale(loss.total * TOTAL_SCALE))
                 total += loss.total.detach()
                 count += loss.count
+                tallies.update(loss.tallies)
                 seen += len(indices)
             scaler.unscale_(optimizer)
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -148,6 +165,7 @@ def train(
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": float(norm),
                 "samples": position.samples,
+                **tallies,
             }
             refuse_nonfinite(numbers, position.step, step, scaler)
             log.step(position.step, numbers, norms)
@@ -155,18 +173,28 @@ def train(
                 log.histograms(position.step, gradients)
             optimizer.zero_grad(set_to_none=True)
             last = position.step == total_steps
-            look(
+            measured = look(
                 position.step,
                 sampling=last or position.step % config.sample_steps == 0,
                 measuring=last or position.step % config.eval_steps == 0,
             )
-            if last or stopped.is_set() or due(config, step):
-                save(position)
-            if stopped.is_set():
+            if measured is not None and task.held_out:
+                best = checkpoint.judged(best, position.step, measured)
+            last = last or exhausted()
+            planned = last or stopped.is_set() or due(config, step)
+            if planned or (best and best.step == position.step):
+                save(position, passing=not planned)
+            if last or stopped.is_set():
                 break
     for module in task.adapted.values():
         module.eval()
-    return Outcome(position, total_steps, position.step < total_steps)
+    interrupted = position.step < total_steps and not exhausted()
+    exported = position
+    if config.early_stopping_patience and best and not interrupted:
+        folder_of_best = folder / CHECKPOINTS / checkpoint.name_of(best.step)
+        exported = checkpoint.read_state(folder_of_best).position
+        checkpoint.load_adapters(folder_of_best, parameters)
+    return Outcome(position, total_steps, interrupted, best, exported)
 
 
 def steps_of_epoch(task: Task, config: Config, epoch: int) -> int:
@@ -236,10 +264,11 @@ def _global_seed(seed: int, compute: Compute) -> Iterator[None]:
 
 
 def group_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Gradient norms by part of the model, e.g. `unet.down_blocks.0`."""
+    """Gradient norms by block of the model, e.g. `unet.down_blocks.0`, `model.model.layers.7`."""
     groups: dict[str, list[torch.Tensor]] = {}
     for name, gradient in gradients.items():
-        groups.setdefault(".".join(name.split(".")[:3]), []).append(gradient)
+        block = BLOCK.match(name)
+        groups.setdefault(block[0] if block else name, []).append(gradient)
     norms = torch.stack([get_total_norm(group) for group in groups.values()]).tolist()
     return dict(zip(groups, norms, strict=True))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from lora_scripts.config import Config
+from lora_scripts.schema import Config
 
 
 def _adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
@@ -17,6 +17,8 @@ def _adamw(parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Op
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
 
+
+WARMUP_SHARE, MINIMAL_WARMUP = 0.04, 5  # where lr_warmup_steps is null
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], Config], torch.optim.Optimizer]] = {
     "adamw": _adamw,
@@ -30,13 +32,20 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+def warmup_steps(config: Config, total_steps: int) -> int:
+    """Steps of warm-up: as configured, or a share of the run, but long enough to be one."""
+    if config.lr_warmup_steps is None:
+        return max(MINIMAL_WARMUP, round(WARMUP_SHARE * total_steps))
+    return config.lr_warmup_steps
+
+
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
     """The learning rate of optimizer step `step` (from 0) of `total_steps`.
 
-    Warm-up rises linearly and reaches the peak at step `lr_warmup_steps`; the schedule then
+    Warm-up rises linearly and reaches the peak after `warmup_steps`; the schedule then
     falls over the remaining steps, and the last step is still above zero.
     """
-    warmup = config.lr_warmup_steps
+    warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     way = (step - warmup) / max(1, total_steps - warmup)

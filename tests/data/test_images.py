@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_scripts.config import ImageConfig
 from lora_scripts.data import images
 from lora_scripts.data.images import Gathered, PictureSet
 from lora_scripts.data.records import read_images
 from lora_scripts.errors import UserError
+from lora_scripts.schema import ImageConfig
 from tests import toys
 
 

@@ -273,7 +273,7 @@ def test_changed_data_is_refused(sd_folder: Path, tmp_path: Path) -> None:
     data = toys.save_pictures(tmp_path / "data", count=4)
     runs.run(sd_folder, data, tmp_path, epochs=1)
     toys.save_pictures(data, count=4, seed=3)
-    with pytest.raises(UserError, match="the pictures or captions changed"):
+    with pytest.raises(UserError, match="the data changed"):
         runs.run(sd_folder, data, tmp_path, epochs=2)
 
 

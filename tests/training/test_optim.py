@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_scripts.config import ImageConfig
+from lora_scripts.schema import ImageConfig
 from lora_scripts.training.optim import learning_rate
 
 

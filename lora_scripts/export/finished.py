@@ -1,0 +1,42 @@
+"""What every kind of export offers to the pipeline and to the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lora_scripts.training.checkpoint import Position
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The files of a finished run, and how far a freshly read model with them is from the trained.
+
+    `difference` is the largest one between two outputs; `reader` the library that read the files.
+    """
+
+    paths: Sequence[Path]
+    difference: float
+    reader: str
+
+
+class Export(Protocol):
+    """Writes the adapters of one task in the layout of its kind."""
+
+    def checkpoint_files(self, folder: Path, position: Position) -> list[Path]:
+        """The adapter as it is, as ready files in a checkpoint's folder."""
+
+    def finish(self, position: Position) -> Finished:
+        """Write the finished files and prove them on a freshly read model; frees the trained one.
+
+        Raises:
+            WorkError: if the files do not give the trained model back.
+        """
+
+    def card_usage(self) -> str:
+        """How the files are used: Markdown for the model card."""
+
+    def hints(self) -> list[str]:
+        """How the files are used: lines for the console."""

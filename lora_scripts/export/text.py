@@ -1,0 +1,150 @@
+"""The files of a text run: a PEFT directory with its tokenizer, and the proof that it reads back.
+
+The proof is a fresh model, read from the base again, with the adapter loaded by PEFT's own reader:
+its logits must be the trained model's.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lora_scripts.device import Compute
+from lora_scripts.errors import WorkError
+from lora_scripts.export import files
+from lora_scripts.export.finished import Finished
+from lora_scripts.files import replace, sync
+from lora_scripts.models import causal_lm, lora, packing
+from lora_scripts.run_files import ADAPTER_NAME
+from lora_scripts.schema import TextConfig
+from lora_scripts.tasks import build
+from lora_scripts.tasks.language import LanguageTask
+from lora_scripts.training.checkpoint import Position
+
+TOLERANCE = 1e-3  # of the largest logit; both are computed in the run's precision
+USAGE = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(model, "{folder}")
+```
+{note}
+Talk to it: `lora-scripts chat --base {base_model} --lora {folder}`. One model without PEFT:
+`lora-scripts export --lora {folder} --merge`. For llama.cpp and Ollama:
+`lora-scripts export --lora {folder} --format gguf`."""
+CONVERTED = """
+The base was `{base_model}`, which transformers does not read in these two lines as it stands:
+`lora-scripts export --lora {folder} --base` writes it once as a folder that it reads.
+"""
+
+
+class TextExport:
+    """The PEFT directory of a text run."""
+
+    def __init__(
+        self, task: LanguageTask, config: TextConfig, compute: Compute, began: float
+    ) -> None:
+        self.task = task
+        self.config = config
+        self.compute = compute
+        self.began = began
+
+    def checkpoint_files(self, folder: Path, position: Position) -> list[Path]:
+        return self._write(folder, position)
+
+    def finish(self, position: Position) -> Finished:
+        paths = self._write(self.config.output_dir, position)
+        paths += save_tokenizer(self.task, self.config.output_dir)
+        reference = self._reference()
+        self.task.release()
+        gc.collect()
+        difference = self._reload(reference)
+        return Finished(paths, difference, "PEFT")
+
+    def card_usage(self) -> str:
+        values = {
+            "base": f'"{self._base_for_python()}"',
+            "base_model": self.config.base_model,
+            "folder": self.config.output_dir.as_posix(),
+        }
+        converted = self._is_converted()
+        note = CONVERTED.format(**values) if converted else ""
+        return USAGE.format(**values, note=note)
+
+    def hints(self) -> list[str]:
+        folder = self.config.output_dir
+        return [
+            f"talk to it: lora-scripts chat --base {self.config.base_model} --lora {folder}",
+            f"in Python: PeftModel.from_pretrained(model, {str(folder)!r})",
+        ]
+
+    def _is_converted(self) -> bool:
+        path = Path(self.config.base_model).expanduser()
+        return path.exists() and build.find_text_base(self.config.base_model).layout in (
+            "gguf",
+            "chatglm",
+        )
+
+    def _base_for_python(self) -> str:
+        folder = self.config.output_dir.as_posix()
+        return f"{folder}/base" if self._is_converted() else self.config.base_model
+
+    def _write(self, folder: Path, position: Position) -> list[Path]:
+        """adapter_model.safetensors and adapter_config.json, the former read back and compared."""
+        model = self.task.base.model
+        dtype = files.DTYPES[self.config.save_dtype]
+        tensors = lora.peft_tensors(lora.layers(model), dtype)
+        path = folder / ADAPTER_NAME
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise WorkError(f"{path}: {key} holds values that are not finite in {dtype}")
+        temporary = folder / f"{ADAPTER_NAME}.tmp"
+        save_file(tensors, temporary, metadata=self._metadata(position))
+        sync(temporary)
+        replace(temporary, path)
+        files.verify(path, tensors)
+        return [path, lora.write_peft_config(folder, model, self.config.base_model)]
+
+    def _metadata(self, position: Position) -> dict[str, str]:
+        return {
+            "format": "pt",
+            **self.task.metadata(),
+            "lora_scripts.name": self.config.output_name,
+            "lora_scripts.steps": str(position.step),
+            "lora_scripts.seed": str(self.config.seed),
+            "lora_scripts.started_at": str(int(self.began)),
+            "lora_scripts.finished_at": str(int(time.time())),
+        }
+
+    def _reference(self) -> torch.Tensor:
+        """Logits of the trained model, its adapters rounded to the file's precision."""
+        model = self.task.base.model
+        lora.round_to(model, files.DTYPES[self.config.save_dtype])
+        with packing.attention(model, self.task.own_attention), self.compute.autocast():
+            return causal_lm.probe(model.eval())
+
+    def _reload(self, reference: torch.Tensor) -> float:
+        folder = self.config.output_dir
+        fresh = build.load_text(self.config, self.compute)
+        adapted = lora.with_adapters(fresh.model, [(folder, 1.0)])
+        with self.compute.autocast():
+            difference = (causal_lm.probe(adapted) - reference).abs().max().item()
+        if not difference <= TOLERANCE * reference.abs().max().item():
+            raise WorkError(
+                f"{folder}: read back by PEFT it does not give the trained model "
+                f"(logits differ by {difference:.3g})"
+            )
+        return difference
+
+
+def save_tokenizer(task: LanguageTask, folder: Path) -> list[Path]:
+    """The tokenizer with the chat template that was trained with."""
+    tokenizer = task.base.tokenizer
+    tokenizer.chat_template = task.format.template
+    return [Path(name) for name in tokenizer.save_pretrained(folder) if Path(name).is_file()]

@@ -1,0 +1,359 @@
+"""A language model: read from a folder, a .gguf file or ChatGLM's layout; what is adapted of it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_scripts.device import Compute
+from lora_scripts.errors import user_error
+from lora_scripts.models.text_signature import TextSignature
+
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+PROBE_TOKENS = 24
+
+
+@dataclass
+class CausalLM:
+    """A language model in memory. `facts`: where its weights came from, for the files' metadata."""
+
+    model: Any  # a PreTrainedModel with a language-model head
+    tokenizer: Any  # a fast PreTrainedTokenizer
+    base_id: str  # content hash of the weights' files
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Full paths of the layers that get an adapter, and kinds of weights that could but do not."""
+
+    adapted: Sequence[str]
+    skipped: Sequence[str]
+
+
+def load(
+    found: TextSignature,
+    compute: Compute,
+    *,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+    own_dtype: bool = False,
+) -> CausalLM:
+    """Read model and tokenizer; the weights frozen, in the precision of `compute`.
+
+    `own_dtype` keeps the precision in which the files hold them; a .gguf file is unpacked to
+    bfloat16 then.
+
+    Raises:
+        UserError: if transformers has no such model, or a file or package is missing.
+    """
+    check_quantization(quantization, compute)
+    dtype = _own_dtype(found) if own_dtype else compute.dtype
+    model = _load_model(found, compute, dtype, trust_remote_code, quantization)
+    model.requires_grad_(False)
+    model.eval()
+    return CausalLM(
+        model=model,
+        tokenizer=load_tokenizer(found, trust_remote_code=trust_remote_code),
+        base_id=_hash(found.weights),
+        facts=_facts(found),
+    )
+
+
+def load_tokenizer(found: TextSignature, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    match found.layout:
+        case "gguf":
+            return AutoTokenizer.from_pretrained(found.path.parent, gguf_file=found.path.name)
+        case "chatglm":
+            from lora_scripts.models import chatglm
+
+            return chatglm.load_tokenizer(found.path)
+        case "transformers":
+            return read_tokenizer(found.path, trust_remote_code=trust_remote_code)
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a transformers folder or of a finished run.
+
+    Raises:
+        UserError: if it is not a fast one.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        what = "its tokenizer has no fast version (tokenizer.json), which the loss mask needs"
+        raise user_error(str(folder), what)
+    return tokenizer
+
+
+def load_config(found: TextSignature) -> Any:
+    """The model's config alone."""
+    from transformers import AutoConfig
+
+    match found.layout:
+        case "chatglm":
+            from lora_scripts.models import chatglm
+
+            rope = chatglm.rope_rule(found.path, found.config)
+            return chatglm.convert_config(found.config, rope)
+        case "gguf":
+            return AutoConfig.from_pretrained(found.path.parent, gguf_file=found.path.name)
+        case "transformers":
+            return AutoConfig.from_pretrained(found.path)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a plain transformers directory, tokenizer and chat template included."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _own_dtype(found: TextSignature) -> torch.dtype:
+    name = found.config.get("dtype") or found.config.get("torch_dtype") or "bfloat16"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise user_error(str(found.path / "config.json"), f"dtype: found {name}")
+    return dtype
+
+
+def _load_model(
+    found: TextSignature,
+    compute: Compute,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    quantization: str | None,
+) -> Any:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    match found.layout:
+        case "chatglm":
+            from lora_scripts.models import chatglm
+
+            return chatglm.load(found.path, dtype).to(compute.device)
+        case "gguf":
+            with redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+                model = AutoModelForCausalLM.from_pretrained(
+                    found.path.parent,
+                    gguf_file=found.path.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=dtype,
+                )
+            return model.to(compute.device)
+        case "transformers":
+            _check_known(found, trust_remote_code)
+            return AutoModelForCausalLM.from_pretrained(
+                found.path,
+                dtype=dtype,
+                device_map={"": compute.device},
+                trust_remote_code=trust_remote_code,
+                quantization_config=_bitsandbytes(quantization, compute),
+            )
+
+
+def _check_known(found: TextSignature, trust_remote_code: bool) -> None:
+    """Only classes that transformers itself has, unless the user asked for the model's own code."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = found.config.get("model_type")
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (found.own_code and trust_remote_code):
+        return
+    known = f"transformers {transformers.__version__} has no language model of the type"
+    if found.own_code:
+        what = (
+            f"{known} {model_type!r}; this one brings Python code of its own, which is not run "
+            "unless the config says trust_remote_code: true. Read that code first: it can do "
+            "anything that you can"
+        )
+    else:
+        what = f"{known} {model_type!r}"
+    raise user_error(str(found.path), what)
+
+
+def check_quantization(quantization: str | None, compute: Compute) -> None:
+    """4 and 8 bits only where they are known to work.
+
+    bitsandbytes packs the weights anew on CPUs at the first pass without gradients, after which the
+    adapters no longer learn: so not there.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if quantization is None:
+        return
+    found = f"found {quantization}, "
+    if compute.device.type != "cuda":
+        what = f"but this run is on a {compute.device.type}; it needs an NVIDIA card: leave it out"
+        raise user_error("quantization", found + what)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        what = 'which needs bitsandbytes: pip install "lora-scripts[quantization]"'
+        raise user_error("quantization", found + what)
+
+
+def _bitsandbytes(quantization: str | None, compute: Compute) -> Any:
+    """QLoRA's 4 bits (Dettmers et al. 2023, arXiv 2305.14314), or 8 bits; None for neither."""
+    if quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute.dtype,
+    )
+
+
+def targets(model: Any, names: Sequence[str] | None) -> Targets:
+    """The linear layers of the decoder's blocks, or those of them whose path ends in `names`.
+
+    Left out: embeddings and head, routers of experts, experts held as one 3-D weight, and all that
+    is not the text decoder (a vision tower).
+
+    Raises:
+        UserError: if a name fits no layer, with the names that there are.
+    """
+    layers = [path for path, module in _in_blocks(model) if _is_adaptable(path, module)]
+    skipped = sorted(set(_skipped(model)))
+    if names is None:
+        return Targets(layers, skipped)
+    unknown = [name for name in names if not any(_ends(path, name) for path in layers)]
+    if unknown:
+        kinds = sorted({path.rsplit(".", 1)[-1] for path in layers})
+        what = f"found {', '.join(unknown)}; this model's layers are {', '.join(kinds)}"
+        raise user_error("target_modules", what)
+    chosen = [path for path in layers if any(_ends(path, name) for name in names)]
+    return Targets(chosen, skipped)
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _in_blocks(model: Any) -> Iterable[tuple[str, nn.Module]]:
+    """Every module of the text decoder's blocks, with its full path."""
+    decoder = model.get_decoder()
+    count = model.config.get_text_config().num_hidden_layers
+    paths = {module: path for path, module in model.named_modules()}
+    for child in decoder.modules():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            prefix = paths[child]
+            return [(f"{prefix}.{path}", module) for path, module in child.named_modules() if path]
+    raise user_error("base_model", f"no list of {count} blocks was found in {type(decoder)}")
+
+
+def _is_adaptable(path: str, module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D  # GPT-2's name for a linear layer
+
+    return isinstance(module, nn.Linear | Conv1D) and path.rsplit(".", 1)[-1] not in _ROUTERS
+
+
+def _skipped(model: Any) -> Iterable[str]:
+    for path, module in _in_blocks(model):
+        name = path.rsplit(".", 1)[-1]
+        if name in _ROUTERS:
+            yield f"{name} (chooses the experts)"
+        for parameter, value in module.named_parameters(recurse=False):
+            if value.ndim == 3 and not isinstance(module, nn.Conv1d):
+                yield f"{name}.{parameter} (all experts in one weight of {value.ndim} dimensions)"
+        if isinstance(module, nn.Conv1d):
+            yield f"{name} (a convolution)"
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Keep fewer activations while training and compute them again in the backward pass."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[int],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    stream: Callable[[str], None] | None = None,
+) -> str:
+    """The text that the model goes on with after `ids`, given to `stream` as it grows.
+
+    The global generator is left as it was.
+    """
+    prompt_BT = torch.tensor([list(ids)], device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        output_BT = model.generate(
+            input_ids=prompt_BT,
+            attention_mask=torch.ones_like(prompt_BT),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+            streamer=_streamer(tokenizer, stream),
+            **({"temperature": temperature} if temperature > 0 else {}),
+        )
+    answer: str = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
+    return answer
+
+
+def _streamer(tokenizer: Any, stream: Callable[[str], None] | None) -> Any:
+    """transformers' streamer, which cuts whole characters out of the tokens, with our end to it."""
+    if stream is None:
+        return None
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: stream(text)
+    return streamer
+
+
+@torch.no_grad()
+def probe(model: Any) -> torch.Tensor:
+    """Logits of a fixed short text, shape (tokens, vocabulary), float32: to compare models by."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.get_text_config().vocab_size
+    ids_BT = torch.randint(0, size, (1, PROBE_TOKENS), generator=generator)
+    logits: torch.Tensor = model(input_ids=ids_BT.to(model.device), use_cache=False).logits[0]
+    return logits.float().cpu()
+
+
+def _hash(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _facts(found: TextSignature) -> dict[str, str]:
+    """What can be said of the base in a LoRA's metadata."""
+    if found.layout != "gguf":
+        return {"base_layout": found.layout, "base_model_type": str(found.config.get("model_type"))}
+    from gguf import GGUFReader, LlamaFileType
+
+    fields = GGUFReader(found.path).fields
+    file_type = fields["general.file_type"].contents() if "general.file_type" in fields else -1
+    known: dict[Any, str] = {kind.value: kind.name for kind in LlamaFileType}
+    return {
+        "base_layout": "gguf",
+        "base_model_type": str(fields["general.architecture"].contents()),
+        "base_quantization": known.get(file_type, "unknown").removeprefix("MOSTLY_"),
+    }

@@ -1,0 +1,147 @@
+"""What a language model's `base_model` is, told from its files' names and small JSON files.
+
+No tensor is read and no heavy library is imported, so that a wrong base model is answered at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_scripts.errors import UserError, user_error
+from lora_scripts.models.header import read_header
+
+Layout = Literal["transformers", "gguf", "chatglm"]
+TAKES = (
+    "For task_type: text-generation name a transformers folder (config.json, tokenizer, "
+    ".safetensors), a .gguf file or a hub id"
+)
+GGUF_MAGIC = b"GGUF"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What is fetched of a hub repository: no pickles, no weights of other programs.
+# ChatGLM's two Python files are only read, for which way its positions are scaled.
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken",
+          "modeling_chatglm.py", "tokenization_chatglm.py")  # fmt: skip
+UNWANTED = ("original/*", "onnx/*", "consolidated*", "*.gguf")
+
+
+@dataclass(frozen=True)
+class TextSignature:
+    """What a language model is.
+
+    Attributes:
+        path: The folder, or the .gguf file.
+        layout: "chatglm" is the original layout of ChatGLM2, ChatGLM3 and GLM-4-9B.
+        config: config.json as it stands; empty for a .gguf file.
+    """
+
+    path: Path
+    layout: Layout
+    config: Mapping[str, Any]
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files that hold the weights, sorted by name."""
+        if self.layout == "gguf":
+            return [self.path]
+        return sorted(self.path.glob("*.safetensors"))
+
+    @property
+    def own_code(self) -> bool:
+        """Whether the model names Python code that comes with it."""
+        return bool(self.config.get("auto_map"))
+
+
+def read_text_signature(path: Path) -> TextSignature:
+    """Recognise a language model on disk.
+
+    Raises:
+        UserError: Nothing is there, or what is there cannot be taken; the message names what was
+            found and what is taken.
+    """
+    if not path.exists():
+        raise user_error(str(path), f"nothing is there. {TAKES}")
+    return _of_folder(path) if path.is_dir() else _of_file(path)
+
+
+def _of_file(path: Path) -> TextSignature:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != GGUF_MAGIC:
+        raise user_error(str(path), f"this is no GGUF file{_meant(path)}. {TAKES}")
+    if importlib.util.find_spec("gguf") is None:
+        what = 'reading a .gguf file needs the gguf package: pip install "lora-scripts[gguf]"'
+        raise user_error(str(path), what)
+    return TextSignature(path, "gguf", {})
+
+
+def _meant(path: Path) -> str:
+    if path.suffix.lower() == ".gguf":
+        return ", or a download that was cut short"
+    if (path.parent / "config.json").is_file():
+        return f"; name the folder: {path.parent}"
+    return ""
+
+
+def _of_folder(path: Path) -> TextSignature:
+    if (path / "model_index.json").is_file():
+        what = "this is a diffusers folder, a model for images: set task_type: image-generation"
+        raise user_error(str(path), what)
+    if (path / "adapter_config.json").is_file():
+        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise user_error(str(path), f"this is a LoRA, not a base model; its base is {base!r}")
+    if not (path / "config.json").is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        advice = f"; name the file: {path / ggufs[0]}" if ggufs else ""
+        raise user_error(str(path), f"this folder has no config.json{advice}. {TAKES}")
+    config = _read_json(path / "config.json")
+    _check_weights(path)
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        what = f"there is no tokenizer (none of {', '.join(_TOKENIZERS)}); fetch the folder whole"
+        raise user_error(str(path), what)
+    layout: Layout = "chatglm" if config.get("model_type") == "chatglm" else "transformers"
+    return TextSignature(path, layout, config)
+
+
+def _check_weights(path: Path) -> None:
+    """Safe files only, and all of them whole."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+        what = (
+            f"there is only {pickled[0]}, a Python pickle, which can run any code and is never "
+            "opened here; in a program you trust, load the folder with transformers and save it "
+            "again by save_pretrained(…), which writes .safetensors"
+            if pickled
+            else "there are no .safetensors weights; fetch the folder whole"
+        )
+        raise user_error(str(path), what)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(_read_json(index).get("weight_map", {}).values())
+        missing = sorted(name for name in named if not (path / name).is_file())
+        if missing:
+            raise user_error(str(path), f"{', '.join(missing[:5])} missing; fetch the folder whole")
+    problems = []
+    for file in files:
+        try:
+            read_header(file)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise user_error(str(path), f"the file cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise user_error(str(path), "the file should hold one JSON object")
+    return content

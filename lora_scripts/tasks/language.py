@@ -1,0 +1,256 @@
+"""Text generation: the next-token loss on the tokens that are to be learned.
+
+Tensor suffixes: B batch, T tokens of a row (packed: of all rows), N tokens to learn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import nn
+from torch.nn import functional
+
+from lora_scripts.data import cache, text
+from lora_scripts.data.chat import ChatFormat
+from lora_scripts.errors import user_error
+from lora_scripts.models import causal_lm, lora, packing
+from lora_scripts.models.causal_lm import CausalLM
+from lora_scripts.randomness import seed_of
+from lora_scripts.schema import TextConfig, TextPrompt
+from lora_scripts.tasks.task import Batch, Indices, Key, Loss
+
+logger = logging.getLogger(__name__)
+
+MEASURED_TRAINING_ROWS = 32  # when nothing is held out
+FEW_STEPS = 30
+
+Progress = Callable[[str, int, int], None]
+
+
+class LanguageTask:
+    """Learns conversations or texts as a LoRA on a language model."""
+
+    def __init__(self, config: TextConfig, base: CausalLM, rows: Sequence[text.Row]) -> None:
+        self.config = config
+        self.base = base
+        self.rows = rows
+        self.format = ChatFormat(base.tokenizer, config.chat_template, config.system_prompt)
+        self.targets = causal_lm.targets(base.model, config.target_modules)
+        self.tokenizer_id = cache.key_of(base.tokenizer.backend_tokenizer.to_str())
+        contents = [(text.content_of(record), data.weight, data.role) for record, data in rows]
+        self.fingerprint: Mapping[str, str] = {
+            "data": cache.key_of(contents, self.tokenizer_id, self.format.template),
+            "base_model": base.base_id,
+        }
+        self.own_attention: str = base.model.config._attn_implementation
+        self.packed = config.packing and self._may_pack()
+        self.encoding: text.Encoding | None = None
+
+    @property
+    def adapted(self) -> Mapping[str, nn.Module]:
+        return {"model": self.base.model}
+
+    @property
+    def items(self) -> int:
+        """How many different samples are learned from."""
+        return len(self._train.samples)
+
+    @property
+    def held_out(self) -> bool:
+        return self._is_held_out
+
+    def encode(self, progress: Progress) -> None:
+        """Tokenise the rows that are not in the cache yet, and split them."""
+        self.encoding = text.encode(
+            self.rows,
+            self.format,
+            self.tokenizer_id,
+            self.config,
+            lambda done, total: progress("rows", done, total),
+        )
+        self._train, self._validation = text.split(self.encoding, self.rows, self.config)
+        self._is_held_out = len(self._validation.samples) > 0
+        if not len(self._train.samples):
+            raise user_error("train_data_dir", "nothing is left to learn from after the split")
+        if not self._is_held_out:
+            measured = self._train.samples[:MEASURED_TRAINING_ROWS]
+            self._validation = text.SampleSet(measured, np.ones(len(measured)))
+        self._tell()
+
+    def attach(self) -> None:
+        """Freeze the model and put the LoRA on it."""
+        lora.attach(
+            self.base.model,
+            self.targets.adapted,
+            rank=self.config.lora_rank,
+            alpha=self.config.lora_alpha,
+            dropout=self.config.lora_dropout,
+            seed=seed_of(self.config.seed, "lora", "model"),
+        )
+        if self.config.gradient_checkpointing:
+            causal_lm.checkpoint_gradients(self.base.model)
+
+    def plan(self, key: Key) -> Sequence[Indices]:
+        if key.split == "validation":
+            views = self._validation.samples
+        else:
+            views = self._train.views(key.seed, key.split, "order", epoch=key.epoch)
+        lengths = None if self.packed else self._encoded.lengths()
+        parts = (key.seed, key.split, "batches", key.epoch)
+        return text.batches(views, self.config.batch_size, lengths, *parts)
+
+    def load(self, indices: Indices, key: Key) -> Batch:
+        rows = [self._encoded.read(index) for index in indices]
+        return _packed(rows) if self.packed else _padded(rows)
+
+    def loss(self, batch: Batch, key: Key) -> Loss:
+        """Cross entropy of the learned tokens, summed; logits only where there is one."""
+        model = self.base.model
+        targets_N = batch["targets"]
+        logits_BNV = model(
+            input_ids=batch["input_ids"],
+            use_cache=False,
+            logits_to_keep=batch["columns"],
+            **{name: batch[name] for name in _MODEL_INPUTS if name in batch},
+        ).logits
+        logits_NV = logits_BNV[batch["row"], batch["column"]].float()
+        total = functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+        return Loss(total, count=len(targets_N), tallies={"tokens": batch["tokens"]})
+
+    def sample(self, key: Key) -> Mapping[str, Image | str]:
+        with packing.attention(self.base.model, self.own_attention):
+            return {
+                f"{number:02d}": f"{prompt.prompt}\n\n---\n\n{self._answer(prompt, key)}\n"
+                for number, prompt in enumerate(self.config.sample_prompts)
+            }
+
+    def metadata(self) -> dict[str, str]:
+        return {
+            "lora_scripts.base_model": self.config.base_model,
+            "lora_scripts.base_model_hash": self.base.base_id,
+            **{f"lora_scripts.{name}": value for name, value in self.base.facts.items()},
+            "lora_scripts.chat_template": self.format.name,
+            "lora_scripts.train_on": self.config.train_on,
+        }
+
+    def describe(self) -> str:
+        """The data in a few words."""
+        held_out = len(self._validation.samples) if self.held_out else "none"
+        lengths = self._encoded.lengths()[self._train.samples]
+        learned = int(self._encoded.learned[self._train.samples].sum())
+        return (
+            f"{self.items:,} samples of {len(self.rows):,} rows, {int(lengths.sum()):,} tokens "
+            f"({learned:,} learned; the longest sample has {lengths.max():,}), {held_out} held out"
+        )
+
+    def advice(self, steps: int, views: float) -> str | None:
+        """What a person with so few steps should know."""
+        if steps >= FEW_STEPS:
+            return None
+        return (
+            f"That is little: a LoRA seldom learns much in fewer than {FEW_STEPS} steps. Raise "
+            "epochs, or lower batch_size or gradient_accumulation_steps."
+        )
+
+    def release(self) -> None:
+        """Let go of the model, so that another fits into memory."""
+        del self.base
+
+    # --- private ----------------------------------------------------------------------------------
+
+    @property
+    def _encoded(self) -> text.Encoding:
+        assert self.encoding is not None, "encode() comes first"
+        return self.encoding
+
+    def _may_pack(self) -> bool:
+        reason = packing.why_not(self.base.model)
+        if reason is None:
+            packing.register()
+            self.base.model.set_attn_implementation(packing.NAME)
+            return True
+        logger.warning("packing is off: %s. Rows of like length are padded instead.", reason)
+        return False
+
+    def _answer(self, prompt: TextPrompt, key: Key) -> str:
+        system = prompt.system_prompt
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt.prompt})
+        return causal_lm.generate(
+            self.base.model,
+            self.base.tokenizer,
+            self.format.prompt_ids(messages),
+            stop_ids=self.format.stop_ids,
+            max_new_tokens=prompt.max_new_tokens,
+            temperature=prompt.temperature,
+            seed=key.seed if prompt.seed is None else prompt.seed,
+        )
+
+    def _tell(self) -> None:
+        """What happened to the rows, said aloud."""
+        logger.info("Chat template: %s", self.format.name)
+        for note in self.format.notes:
+            logger.warning("%s", note)
+        if self.format.unseen_system:
+            logger.warning(
+                "The template puts a system message before conversations without one: %r. It is "
+                "seen in training, too; system_prompt replaces it.",
+                self.format.unseen_system,
+            )
+        if self.targets.skipped:
+            logger.warning("No adapter on: %s", "; ".join(self.targets.skipped))
+        cut_rows, cut_tokens = self._encoded.cut
+        if cut_rows:
+            logger.warning(
+                "%d of %d rows are longer than max_seq_length %d: %d tokens at their ends are cut "
+                "off and not learned",
+                cut_rows, len(self.rows), self.config.max_seq_length, cut_tokens,
+            )  # fmt: skip
+
+
+_MODEL_INPUTS = ("attention_mask", "position_ids", "cu_seq_lens_q")
+_Row = tuple[torch.Tensor, torch.Tensor]
+
+
+def _packed(rows: Sequence[_Row]) -> Batch:
+    """Rows end to end. Every token but a row's first is predicted from the one before it."""
+    starts = np.cumsum([0, *(len(ids) for ids, _ in rows)])[:-1]
+    learned = zip(rows, starts, strict=True)
+    columns = torch.cat([mask[1:].nonzero()[:, 0] + start for (_, mask), start in learned])
+    ids_T = torch.cat([ids for ids, _ in rows])
+    return {
+        "input_ids": ids_T[None],
+        **packing.layout([len(ids) for ids, _ in rows]),
+        "columns": columns,
+        "row": torch.zeros_like(columns),
+        "column": torch.arange(len(columns)),
+        "targets": ids_T[columns + 1],
+        "tokens": len(ids_T),
+    }
+
+
+def _padded(rows: Sequence[_Row]) -> Batch:
+    """Rows side by side, filled up behind their ends with a token that nothing looks at."""
+    length = max(len(ids) for ids, _ in rows)
+    ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    learned_BT = torch.zeros(len(rows), length, dtype=torch.bool)
+    for number, (ids, learned) in enumerate(rows):
+        ids_BT[number, : len(ids)] = ids
+        mask_BT[number, : len(ids)] = 1
+        learned_BT[number, : len(ids)] = learned
+    row, column = learned_BT[:, 1:].nonzero(as_tuple=True)
+    columns, where = torch.unique(column, return_inverse=True)
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "columns": columns,
+        "row": row,
+        "column": where,
+        "targets": ids_BT[row, column + 1],
+        "tokens": int(mask_BT.sum()),
+    }

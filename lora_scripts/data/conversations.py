@@ -9,7 +9,6 @@ repaired, and one bad row does not hide the next.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,17 +17,10 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora_scripts.data.folders import link_problem, walk_files
+from lora_scripts.data.reading import Refused, count, is_unicode, read_file, show, show_path
 from lora_scripts.data.texts import forms, rows
-from lora_scripts.data.texts.saying import (
-    Findings,
-    Refused,
-    checked,
-    is_unicode,
-    nearest,
-    read_file,
-    show,
-    show_path,
-)
+from lora_scripts.data.texts.saying import Findings, checked, nearest
 from lora_scripts.errors import Problem
 
 DATA_SUFFIXES = rows.SUFFIXES
@@ -162,43 +154,24 @@ def _list_folder(folder: Path) -> _Folder:
     """Walk the folder once, in the order of names, links to folders not followed."""
     listing = _Folder(folder)
     others: list[str] = []
-    walk = os.walk(folder, onerror=lambda error: _note_unlisted(listing, error))
-    for place, directories, files in walk:
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        for name in directories:
-            if (link := Path(place, name)).is_symlink():
-                what = "is a link to another folder, which is not followed; copy its files in"
-                listing.problems.append(Problem(show_path(link), what, "warning"))
-        for name in sorted(name for name in files if not name.startswith(".")):
-            relative = Path(place, name).relative_to(folder).as_posix()
-            suffix = PurePosixPath(name).suffix.lower()
-            if suffix not in (*DATA_SUFFIXES, *RAW_SUFFIXES):
-                others.append(relative)
-            elif (why := _unusable(folder, relative)) is not None:
-                listing.problems.append(Problem(show(relative), why))
-            else:
-                (listing.data if suffix in DATA_SUFFIXES else listing.raw).append(relative)
+    for name in walk_files(folder, "files", listing.problems):
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix not in (*DATA_SUFFIXES, *RAW_SUFFIXES):
+            others.append(name)
+        elif (why := _unusable(folder, name)) is not None:
+            listing.problems.append(Problem(show(name), why))
+        else:
+            (listing.data if suffix in DATA_SUFFIXES else listing.raw).append(name)
     if others:
-        what = f"{_count(others)} of a kind that is not read; read are {_KINDS}"
+        what = f"{count(others, 'file')} of a kind that is not read; read are {_KINDS}"
         listing.problems.append(Problem(show_path(folder), what, "warning"))
     return listing
-
-
-def _note_unlisted(listing: _Folder, error: OSError) -> None:
-    what = f"this folder cannot be listed ({error.strerror})"
-    listing.problems.append(Problem(show_path(Path(error.filename)), what))
 
 
 def _unusable(folder: Path, name: str) -> str | None:
     if not is_unicode(name):
         return "the file name is not valid UTF-8; rename the file"
-    try:
-        target = (folder / name).resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: how Python before 3.13 reports a loop
-        return "this link leads nowhere; put the file itself in the folder"
-    if not target.is_relative_to(folder.resolve()):
-        return "this link leads out of the folder; put the file itself in the folder"
-    return None
+    return link_problem(folder, folder / name, thing="file", home="the folder")
 
 
 def _choose_metadata(folder: Path, metadata_path: Path | None) -> Path | None:
@@ -218,8 +191,8 @@ def _note_unread(reading: _Reading, listing: _Folder, metadata: Path | None) -> 
     data = [] if metadata is None else [n for n in listing.data if listing.path / n != metadata]
     if not raw and not data:
         return
-    read = metadata.name if metadata is not None else _count(listing.data)
-    what = f"{_count([*data, *raw])} in the folder not read: the data is in {read}"
+    read = metadata.name if metadata is not None else count(listing.data, "file")
+    what = f"{count([*data, *raw], 'file')} in the folder not read: the data is in {read}"
     reading.problems.append(Problem(show_path(listing.path), what, "warning"))
 
 
@@ -299,9 +272,3 @@ def _named_file(reading: _Reading, typed: str) -> str:
         return read_file(path)
     except Refused as refused:
         raise Refused(f'"file_name": {show(typed)}: {refused}') from None
-
-
-def _count(names: Sequence[str]) -> str:
-    few = ", ".join(show(name)[1:-1] for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} file{'s' if len(names) != 1 else ''} ({few}{more})"

@@ -1,34 +1,41 @@
-"""A folder of images and its captions, read into `Record`s. The only file that knows the formats.
+"""A folder of images and its captions, read into `Record`s.
 
 Three forms are read: `metadata.csv`, `metadata.jsonl`, and a `.txt` (or `.caption`) file beside
-each image. Whatever is wrong becomes a `Problem` that names the file and the line; nothing is
-repaired, and one bad row does not hide the next.
+each image; the rows of the first two are read by `lora_scripts.data.metadata`. Whatever is wrong
+becomes a `Problem` that names the file and the line; nothing is repaired, and one bad row does not
+hide the next.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
+from lora_scripts.data.csv_rows import quoted
+from lora_scripts.data.folders import link_problem, walk_files
+from lora_scripts.data.metadata import READERS
+from lora_scripts.data.reading import (
+    Refused,
+    count,
+    is_unicode,
+    plain,
+    read_file,
+    show,
+    show_path,
+    unix_lines,
+)
 from lora_scripts.errors import Problem
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one found beside an image is its caption
-NAME_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
-TEXT_COLUMNS = ("text", "caption", "prompt")
 
 _UNREAD_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".tif", ".tiff")
 _KINDS = ", ".join(SUFFIXES)
-_IMAGE_ROW = re.compile(r'[^",\r\n]+\.(?:png|jpe?g|webp|bmp)[ \t]*,', re.IGNORECASE)
 _GUESSES = 20  # fuzzy matching costs milliseconds for each missing name in a large folder
 
 
@@ -39,18 +46,6 @@ class Record:
     path: Path
     caption: str
     where: str
-
-
-class _Refused(Exception):
-    """One row, file or name that cannot be used; the text is what the user is told."""
-
-
-class _Row(NamedTuple):
-    """A row that could be read, before its name is looked up in the folder."""
-
-    where: str
-    name: str
-    caption: str
 
 
 @dataclass
@@ -84,8 +79,8 @@ def read_images(folder: Path, metadata_path: Path | None) -> tuple[list[Record],
         return [], problems
     try:
         metadata = _choose_metadata(folder, metadata_path)
-    except _Refused as refused:
-        return [], [*problems, Problem(_show_path(metadata_path or folder), str(refused))]
+    except Refused as refused:
+        return [], [*problems, Problem(show_path(metadata_path or folder), str(refused))]
     if metadata is None:
         records, found = _read_sidecars(listing)
     else:
@@ -108,8 +103,8 @@ def write_csv(path: Path, rows: Iterable[tuple[str, str]]) -> None:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write("file_name,text\n")
             for name, caption in rows:
-                plain = name == name.strip() and not any(mark in name for mark in '",\r\n')
-                file.write(f"{name if plain else _quoted(name)},{_quoted(caption)}\n")
+                bare = name == name.strip() and not any(mark in name for mark in '",\r\n')
+                file.write(f"{name if bare else quoted(name)},{quoted(caption)}\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -128,54 +123,34 @@ def _list_folder(folder: Path) -> _Folder:
         listing.problems.append(Problem(str(folder), f"{found}; expected the folder of images"))
         return listing
     unread: list[str] = []
-    walk = os.walk(folder, onerror=lambda error: _note_unlisted(listing, error))
-    for place, directories, files in walk:
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        for name in directories:
-            if (link := Path(place, name)).is_symlink():
-                what = "is a link to another folder, which is not followed; copy its images in"
-                listing.problems.append(Problem(_show_path(link), what, "warning"))
-        for name in sorted(name for name in files if not name.startswith(".")):
-            relative = Path(place, name).relative_to(folder).as_posix()
-            suffix = PurePosixPath(name).suffix.lower()
-            if suffix in SUFFIXES:
-                _add_image(listing, relative)
-            elif suffix in CAPTION_SUFFIXES:
-                listing.captions[_stem(relative) + suffix] = relative
-            elif suffix in _UNREAD_IMAGES:
-                unread.append(relative)
+    for name in walk_files(folder, "images", listing.problems):
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix in SUFFIXES:
+            _add_image(listing, name)
+        elif suffix in CAPTION_SUFFIXES:
+            listing.captions[_stem(name) + suffix] = name
+        elif suffix in _UNREAD_IMAGES:
+            unread.append(name)
     if unread:
-        what = f"{_count(unread)} of a kind that is not read; save as PNG, JPEG or WebP to use"
-        listing.problems.append(Problem(str(folder), what, "warning"))
+        what = "of a kind that is not read; save as PNG, JPEG or WebP to use"
+        found = f"{count(unread, 'image')} {what}"
+        listing.problems.append(Problem(str(folder), found, "warning"))
     return listing
-
-
-def _note_unlisted(listing: _Folder, error: OSError) -> None:
-    what = f"this folder cannot be listed ({error.strerror})"
-    listing.problems.append(Problem(_show_path(Path(error.filename)), what))
 
 
 def _add_image(listing: _Folder, name: str) -> None:
     path = listing.path / name
-    if not _is_unicode(name):
+    if not is_unicode(name):
         listing.refused[name] = (
             "the file name is not valid UTF-8 (often from a zip made on a Chinese Windows); "
             "rename the file"
         )
-    elif path.is_symlink() and (why := _link_problem(listing.path, path)):
+    elif path.is_symlink() and (
+        why := link_problem(listing.path, path, thing="image", home="the folder of images")
+    ):
         listing.refused[name] = why
     else:
         listing.images.append(name)
-
-
-def _link_problem(folder: Path, link: Path) -> str | None:
-    try:
-        target = link.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: how Python before 3.13 reports a loop
-        return "this link leads nowhere; put the image itself in the folder"
-    if not target.is_relative_to(folder.resolve()):
-        return "this link leads out of the folder of images; put the image itself in the folder"
-    return None
 
 
 # --- which file holds the captions --------------------------------------------------------------
@@ -187,18 +162,18 @@ def _choose_metadata(folder: Path, metadata_path: Path | None) -> Path | None:
     if metadata_path is None:
         return next((path for path in usual if path.is_file()), None)
     if not metadata_path.is_file():
-        raise _Refused(f"there is no such file. {_found_instead(metadata_path, usual)}")
-    if metadata_path.suffix.lower() not in _READERS:
-        raise _Refused("expected a .csv or a .jsonl file of captions")
+        raise Refused(f"there is no such file. {_found_instead(metadata_path, usual)}")
+    if metadata_path.suffix.lower() not in READERS:
+        raise Refused("expected a .csv or a .jsonl file of captions")
     return metadata_path
 
 
 def _found_instead(wanted: Path, usual: Sequence[Path]) -> str:
     beside = wanted.parent.iterdir() if wanted.parent.is_dir() else iter(())
-    other = [path for path in beside if path.suffix.lower() in _READERS and path.is_file()]
+    other = [path for path in beside if path.suffix.lower() in READERS and path.is_file()]
     found = sorted({*other, *(path for path in usual if path.is_file())})
     if found:
-        return f"Found instead: {', '.join(_show_path(path) for path in found)}"
+        return f"Found instead: {', '.join(show_path(path) for path in found)}"
     return (
         "No other .csv or .jsonl file is there. Leave metadata_path out to use the .txt file "
         f"beside each image, or make the file: {_label_command(wanted.parent, wanted)}"
@@ -211,7 +186,7 @@ def _label_command(folder: Path, metadata: Path) -> str:
 
 def _read_sidecars(listing: _Folder) -> tuple[list[Record], list[Problem]]:
     records: list[Record] = []
-    problems = [Problem(_show(name), why) for name, why in listing.refused.items()]
+    problems = [Problem(show(name), why) for name, why in listing.refused.items()]
     missing: list[str] = []
     for name in listing.images:
         keys = (_stem(name) + suffix for suffix in CAPTION_SUFFIXES)
@@ -221,8 +196,8 @@ def _read_sidecars(listing: _Folder) -> tuple[list[Record], list[Problem]]:
             records.append(Record(listing.path / name, "", name))
             continue
         try:
-            caption = _unix_lines(_read_text(listing.path / beside)).strip()
-        except _Refused as refused:
+            caption = unix_lines(read_file(listing.path / beside)).strip()
+        except Refused as refused:
             problems.append(Problem(beside, str(refused)))
             continue
         if not caption:
@@ -237,8 +212,9 @@ def _read_sidecars(listing: _Folder) -> tuple[list[Record], list[Problem]]:
         )
         problems.append(Problem(str(listing.path), what))
     elif missing:
-        what = f"{_count(missing)} without a .txt file beside them: their captions are empty"
-        problems.append(Problem(str(listing.path), what, "warning"))
+        what = "without a .txt file beside them: their captions are empty"
+        found = f"{count(missing, 'image')} {what}"
+        problems.append(Problem(str(listing.path), found, "warning"))
     return records, problems
 
 
@@ -248,8 +224,8 @@ def _read_sidecars(listing: _Folder) -> tuple[list[Record], list[Problem]]:
 def _read_metadata(metadata: Path, listing: _Folder) -> tuple[list[Record], list[Problem]]:
     file = metadata.name
     try:
-        rows = list(_READERS[metadata.suffix.lower()](_read_text(metadata), file))
-    except _Refused as refused:
+        rows = list(READERS[metadata.suffix.lower()](read_file(metadata), file))
+    except Refused as refused:
         return [], [Problem(file, str(refused))]
     records: list[Record] = []
     problems: list[Problem] = []
@@ -262,166 +238,18 @@ def _read_metadata(metadata: Path, listing: _Folder) -> tuple[list[Record], list
             continue
         try:
             name = names.find(row.name, row.where)
-            if not _is_unicode(row.caption):
-                raise _Refused("the caption holds a broken character (half of a surrogate pair)")
-        except _Refused as refused:
+            if not is_unicode(row.caption):
+                raise Refused("the caption holds a broken character (half of a surrogate pair)")
+        except Refused as refused:
             problems.append(Problem(row.where, str(refused)))
             continue
         if not row.caption.strip():
-            problems.append(Problem(row.where, f"the caption of {_show(name)} is empty", "warning"))
+            problems.append(Problem(row.where, f"the caption of {show(name)} is empty", "warning"))
         records.append(Record(listing.path / name, row.caption, row.where))
     if unnamed := [name for name in listing.images if name not in names.seen]:
-        what = f"{_count(unnamed)} in the folder not named in it: they are not used"
+        what = f"{count(unnamed, 'image')} in the folder not named in it: they are not used"
         problems.append(Problem(file, what, "warning"))
     return records, problems
-
-
-def _csv_rows(text: str, file: str) -> Iterator[_Row | Problem]:
-    """The rows of a CSV text. A row that fails is reported, and reading goes on one line below."""
-    lines = list(io.StringIO(text, newline=""))
-    name_at, text_at, width, at = 0, 1, 2, 0
-    first = True
-    while at < len(lines):
-        where = f"{file} line {at + 1}"
-        try:
-            fields, taken = _csv_row(lines, at)
-        except _Refused as refused:
-            yield Problem(where, str(refused))
-            at, first = at + 1, False
-            continue
-        raw = "".join(lines[at : at + taken])
-        at += taken
-        if not raw.strip():
-            continue
-        columns = [column.strip().lower() for column in fields]
-        if first and (header := _header(columns)) is not None:
-            name_at, text_at = header
-            width = len(columns)
-            yield from _unused_columns(where, [columns[i] for i in range(width) if i not in header])
-        elif len(fields) != width:
-            yield Problem(where, _wrong_width(fields, raw.strip("\r\n"), width))
-        else:
-            yield _Row(where, fields[name_at], _unix_lines(fields[text_at]))
-        first = False
-
-
-def _csv_row(lines: Sequence[str], at: int) -> tuple[list[str], int]:
-    """The fields of the row that begins at `lines[at]`, and how many lines it takes."""
-    rest = (lines[i] for i in range(at, len(lines)))
-    reader = csv.reader(rest, strict=True, skipinitialspace=True)
-    try:
-        fields = next(reader)
-    except csv.Error:
-        raise _Refused(_unbalanced(lines[at])) from None
-    taken = reader.line_num
-    for below in range(at + 1, at + taken):
-        if _IMAGE_ROW.match(lines[below]):
-            what = f"a quote opens here and is still open in line {below + 1}, where"
-            raise _Refused(f"{what} {_show(lines[below].strip())} seems to begin a new row")
-    if sum(line.count('"') for line in lines[at : at + taken]) % 2:
-        raise _Refused(_unbalanced(lines[at]))
-    return fields, taken
-
-
-def _header(columns: Sequence[str]) -> tuple[int, int] | None:
-    """Where the name and the caption stand, if these are the titles of columns."""
-    name = next((columns.index(title) for title in NAME_COLUMNS if title in columns), None)
-    text = next((columns.index(title) for title in TEXT_COLUMNS if title in columns), None)
-    return None if name is None or text is None else (name, text)
-
-
-def _unused_columns(where: str, names: Sequence[str]) -> list[Problem]:
-    if not names:
-        return []
-    what = f"not used: {', '.join(_show(name) for name in names)} (read: file name and caption)"
-    return [Problem(where, what, "warning")]
-
-
-def _unbalanced(line: str) -> str:
-    name, _, caption = line.strip().partition(",")
-    example = _quoted(_shorten(caption.strip().strip('"').replace('""', '"'), 40))
-    return (
-        f"unbalanced quotes in {_show(line.strip())}; a caption that begins with a quote ends with "
-        f"one, and a quote inside it is written twice: {_plain(name)},{example}"
-    )
-
-
-def _wrong_width(fields: Sequence[str], raw: str, width: int) -> str:
-    found = f"{len(fields)} field{'s' if len(fields) != 1 else ''} found, expected {width}"
-    if width != 2:
-        return f"{found} as in the header; a field that holds a comma needs quotes"
-    if len(fields) == 1:
-        for mark, name in ((";", "a semicolon"), ("\t", "a tab"), ("，", "a full-width comma")):
-            if mark in raw:
-                return f"{found}; file name and caption are separated by a comma, found {name}"
-        return f'{found}; expected the file name, a comma, the caption: {_plain(raw)},"a caption"'
-    name, _, caption = raw.partition(",")
-    example = _quoted(_shorten(caption.strip().replace('"', ""), 60))
-    curly = " (straight quotes, not “ ”)" if "“" in raw or "”" in raw else ""
-    return f"{found}; a caption that holds a comma needs quotes{curly}: {_plain(name)},{example}"
-
-
-def _jsonl_rows(text: str, file: str) -> Iterator[_Row | Problem]:
-    if text.lstrip().startswith("["):
-        raise _Refused(f"this is one JSON list; expected one object a line: {_JSON_EXAMPLE}")
-    unused: dict[str, None] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file} line {number}"
-        try:
-            row, others = _json_row(line, where)
-        except _Refused as refused:
-            yield Problem(where, str(refused))
-            continue
-        yield row
-        unused.update(dict.fromkeys(others))
-    yield from _unused_columns(file, list(unused))
-
-
-_JSON_EXAMPLE = '{"file_name": "img01.jpg", "text": "a caption"}'
-
-
-def _json_row(line: str, where: str) -> tuple[_Row, list[str]]:
-    """The row in one line, and the names of the keys that are not used."""
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        place = f"{error.msg} at column {error.colno}"
-        raise _Refused(f"not valid JSON ({place}); expected {_JSON_EXAMPLE}") from None
-    except (ValueError, RecursionError):
-        raise _Refused(f"not usable as JSON; expected {_JSON_EXAMPLE}") from None
-    if not isinstance(found, dict):
-        raise _Refused(f"found {_json_kind(found)}; expected an object: {_JSON_EXAMPLE}")
-    keys = [next((key for key in NAME_COLUMNS if key in found), NAME_COLUMNS[0])]
-    keys.append(next((key for key in TEXT_COLUMNS if key in found), TEXT_COLUMNS[0]))
-    for key in keys:
-        if key not in found:
-            has = ", ".join(_show(name) for name in found) or "no key"
-            raise _Refused(f'no "{key}"; found {has}; expected {_JSON_EXAMPLE}')
-        if not isinstance(found[key], str):
-            raise _Refused(f'"{key}" is {_json_kind(found[key])}; expected a text in quotes')
-    row = _Row(where, found[keys[0]], _unix_lines(found[keys[1]]))
-    return row, [key for key in found if key not in keys]
-
-
-def _json_kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a text"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
-
-
-_READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
 
 
 # --- names in metadata, and the files they mean -------------------------------------------------
@@ -440,17 +268,17 @@ class _Names:
         self._guesses_left = _GUESSES
 
     def find(self, typed: str, where: str) -> str:
-        """The file's name in the folder. Raises `_Refused` if it cannot be used."""
+        """The file's name in the folder. Raises `Refused` if it cannot be used."""
         if not typed.strip():
-            raise _Refused("the file name is empty; expected the name of an image")
+            raise Refused("the file name is empty; expected the name of an image")
         name = self._inside(typed)
         if (why := self._refused.get(name)) is not None:
-            raise _Refused(f"{_show(typed)}: {why}")
+            raise Refused(f"{show(typed)}: {why}")
         known = self._exact.get(unicodedata.normalize("NFC", name))
         if known is None:
-            raise _Refused(f"{_show(typed)} is not there{self._hint(name)}")
+            raise Refused(f"{show(typed)} is not there{self._hint(name)}")
         if known in self.seen:
-            raise _Refused(f"{_show(typed)} was already named in {self.seen[known]}; keep one row")
+            raise Refused(f"{show(typed)} was already named in {self.seen[known]}; keep one row")
         self.seen[known] = where
         return known
 
@@ -459,11 +287,11 @@ class _Names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
             what = "leaves the folder of images; expected a name relative to it"
-            raise _Refused(f"{_show(typed)} {what}")
+            raise Refused(f"{show(typed)} {what}")
         if path.suffix.lower() not in SUFFIXES:
-            found = f'"{_plain(path.suffix)}"' if path.suffix else "none"
+            found = f'"{plain(path.suffix)}"' if path.suffix else "none"
             hint = self._hint(str(path))
-            raise _Refused(f"{_show(typed)}: extension {found}, expected one of {_KINDS}{hint}")
+            raise Refused(f"{show(typed)}: extension {found}, expected one of {_KINDS}{hint}")
         return str(path)
 
     def _hint(self, name: str) -> str:
@@ -480,7 +308,7 @@ class _Names:
             near, why = guess, ""
         else:
             return ""
-        return f"; the nearest is {_show(near)}{why}"
+        return f"; the nearest is {show(near)}{why}"
 
     def _guess(self, folded: str) -> str | None:
         if self._guesses_left == 0:
@@ -490,73 +318,5 @@ class _Names:
         return self._folded[close[0]] if close else None
 
 
-# --- text -----------------------------------------------------------------------------------------
-
-
-def _read_text(path: Path) -> str:
-    """The UTF-8 text of a file (with or without BOM), line ends as they stand."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _Refused(f"the file cannot be read ({error.strerror})") from None
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
-        raise _Refused("the file seems to be UTF-16; save it as UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _Refused(
-            f"the file is not UTF-8 (first bad byte in line {line}); it seems to be "
-            f"{_likely_encoding(data)}; save it as UTF-8 (in Excel: CSV UTF-8)"
-        ) from None
-
-
-def _likely_encoding(data: bytes) -> str:
-    try:
-        text = data.decode("gb18030")
-    except UnicodeDecodeError:
-        return "Windows-1252 or another 8-bit encoding"
-    han = sum("\u4e00" <= character <= "\u9fff" for character in text)
-    other = sum(character > "\x7f" for character in text) - han
-    return "GBK, as Chinese Windows writes it" if han > other else "an 8-bit encoding"
-
-
-def _unix_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _stem(name: str) -> str:
     return name.removesuffix(PurePosixPath(name).suffix)
-
-
-def _is_unicode(text: str) -> bool:
-    """False if it holds half of a surrogate pair, which no file or terminal can be given."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _plain(text: str) -> str:
-    """Text that can be printed on one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _shorten(text: str, length: int) -> str:
-    text = _plain(text)
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _show(text: str) -> str:
-    return f'"{_shorten(text, 60)}"'
-
-
-def _show_path(path: Path) -> str:
-    return _plain(str(path))
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"'
-
-
-def _count(names: Sequence[str]) -> str:
-    few = ", ".join(_shorten(name, 60) for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} image{'s' if len(names) != 1 else ''} ({few}{more})"

@@ -10,17 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lora_scripts.data.texts.saying import (
-    Findings,
-    Refused,
-    checked,
-    kind,
-    listed,
-    nearest,
-    parse_json,
-    read_text,
-    show,
-)
+from lora_scripts.data.reading import Refused, kind, show
+from lora_scripts.data.texts.saying import Findings, checked, listed, nearest, parse_json, read_text
 from lora_scripts.data.texts.turns import Turn, check_turns, read_tools, read_turns
 
 

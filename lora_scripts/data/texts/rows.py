@@ -7,22 +7,15 @@ it; a null in Parquet is one at any depth.
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_scripts.data.csv_rows import csv_rows, has_odd_quotes, split_row
+from lora_scripts.data.reading import Refused, kind, read_file, show
 from lora_scripts.data.texts import forms
-from lora_scripts.data.texts.saying import (
-    Refused,
-    kind,
-    listed,
-    nearest,
-    parse_json,
-    read_file,
-    show,
-)
+from lora_scripts.data.texts.saying import listed, nearest, parse_json
 from lora_scripts.errors import Problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -138,11 +131,11 @@ def _csv_rows(text: str, name: str) -> list[Row | Problem]:
 
 def _read_csv(text: str, name: str) -> Iterator[Row | Problem]:
     columns: _Columns | None = None
-    for line in _csv_lines(text, name):
-        if isinstance(line, Problem):
-            yield line
+    for row in csv_rows(text, name, _split_row):
+        if isinstance(row, Problem):
+            yield row
             continue
-        where, cells, raw = line
+        where, cells, raw = row
         if columns is None:
             try:
                 columns = _columns(cells, raw)
@@ -158,24 +151,6 @@ def _read_csv(text: str, name: str) -> Iterator[Row | Problem]:
             yield Problem(where, _wrong_width(len(cells), columns))
         else:
             yield Row(where, columns.fields(cells), columns.form)
-
-
-def _csv_lines(text: str, name: str) -> Iterator[tuple[str, list[str], str] | Problem]:
-    """(place, cells, text) of each row that is not blank; below a broken one reading goes on."""
-    lines = list(io.StringIO(text, newline=""))
-    at = 0
-    while at < len(lines):
-        where = f"{name} line {at + 1}"
-        try:
-            cells, taken = _csv_row(lines, at)
-        except Refused as refused:
-            yield Problem(where, str(refused))
-            at += 1
-            continue
-        raw = "".join(lines[at : at + taken])
-        at += taken
-        if raw.strip():
-            yield where, cells, raw
 
 
 class _Columns(NamedTuple):
@@ -230,19 +205,15 @@ def _near(title: str) -> str:
     return nearest(title, forms.KNOWN)
 
 
-def _csv_row(lines: Sequence[str], at: int) -> tuple[list[str], int]:
-    """The cells of the row that begins at `lines[at]`, and how many lines it takes."""
-    rest = (lines[i] for i in range(at, len(lines)))
-    reader = csv.reader(rest, strict=True, skipinitialspace=True)
+def _split_row(lines: Sequence[str], at: int) -> tuple[list[str], int]:
     try:
-        cells = next(reader)
+        cells, taken = split_row(lines, at)
     except csv.Error as error:
         if "field larger" in str(error):
             what = f"a cell of more than {_LONGEST_CELL:,} characters, or a quote never closed"
             raise Refused(f"{what} in {show(lines[at].strip())}") from None
         raise Refused(_unbalanced(lines[at])) from None
-    taken = reader.line_num
-    if sum(line.count('"') for line in lines[at : at + taken]) % 2:
+    if has_odd_quotes(lines[at : at + taken]):
         raise Refused(_unbalanced(lines[at]))
     return cells, taken
 

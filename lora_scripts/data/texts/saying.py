@@ -9,31 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_scripts.data.records import _is_unicode as is_unicode
-from lora_scripts.data.records import _json_kind as kind
-from lora_scripts.data.records import _read_text as read_file
-from lora_scripts.data.records import _Refused as Refused
-from lora_scripts.data.records import _show as show
-from lora_scripts.data.records import _show_path as show_path
-from lora_scripts.data.records import _unix_lines as unix_lines
+from lora_scripts.data.reading import Refused, is_unicode, kind, show, unix_lines
 from lora_scripts.errors import Problem
-
-__all__ = [
-    "Findings",
-    "Refused",
-    "check_within",
-    "checked",
-    "is_unicode",
-    "kind",
-    "listed",
-    "nearest",
-    "parse_json",
-    "read_file",
-    "read_text",
-    "show",
-    "show_path",
-    "unix_lines",
-]
 
 _ODD = re.compile("[\x01-\x08\x0b\x0e-\x1f\x7f\ufffd]")  # a form feed is a book's page break
 _DEPTH = 50  # of arguments and schemas; real ones have five or six

@@ -18,17 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lora_scripts.data.reading import Refused, kind, show
 from lora_scripts.data.texts.saying import (
     Findings,
-    Refused,
     check_within,
     checked,
-    kind,
     listed,
     nearest,
     parse_json,
     read_text,
-    show,
 )
 
 OPENAI_ROLES = {

@@ -1,0 +1,56 @@
+"""The walk through a folder of training data, and links that lead out of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_scripts.data.reading import show_path
+from lora_scripts.errors import Problem
+
+
+def walk_files(folder: Path, things: str, problems: list[Problem]) -> Iterator[str]:
+    """The files of a folder and its sub-folders, in the order of names.
+
+    Names that begin with a dot are passed over, links to folders are not followed.
+
+    Args:
+        folder: Where to look.
+        things: What the user keeps there, as "images".
+        problems: Takes a problem for each link to a folder, and each folder that cannot be listed.
+
+    Yields:
+        Names relative to `folder`, with forward slashes.
+    """
+
+    def note_unlisted(error: OSError) -> None:
+        what = f"this folder cannot be listed ({error.strerror})"
+        problems.append(Problem(show_path(Path(error.filename)), what))
+
+    for place, directories, files in os.walk(folder, onerror=note_unlisted):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in directories:
+            if (link := Path(place, name)).is_symlink():
+                what = f"is a link to another folder, which is not followed; copy its {things} in"
+                problems.append(Problem(show_path(link), what, "warning"))
+        for name in sorted(name for name in files if not name.startswith(".")):
+            yield Path(place, name).relative_to(folder).as_posix()
+
+
+def link_problem(folder: Path, path: Path, *, thing: str, home: str) -> str | None:
+    """Why a link cannot be used, or None if it leads to a place inside `folder`.
+
+    Args:
+        folder: What the link may not lead out of.
+        path: The link. A path without a link in it has no problem if it is there.
+        thing: What the path should be, as "image".
+        home: What the user knows the folder as, as "the folder of images".
+    """
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: how Python before 3.13 reports a loop
+        return f"this link leads nowhere; put the {thing} itself in the folder"
+    if not target.is_relative_to(folder.resolve()):
+        return f"this link leads out of {home}; put the {thing} itself in the folder"
+    return None

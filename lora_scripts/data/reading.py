@@ -1,0 +1,101 @@
+"""What every reader of training data shares: a file's text, and words for what was found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+_LONGEST = 60  # so many characters of what the user wrote are shown
+
+
+class Refused(Exception):
+    """A row, a file or a name that cannot be used; the text is what the user is told."""
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> str:
+    """The UTF-8 text of a file (with or without BOM), line ends as they stand. Raises `Refused`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"the file cannot be read ({error.strerror})") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
+        raise Refused("the file seems to be UTF-16; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise Refused(
+            f"the file is not UTF-8 (first bad byte in line {line}); it seems to be "
+            f"{_likely_encoding(data)}; save it as UTF-8 (in Excel: CSV UTF-8)"
+        ) from None
+
+
+def _likely_encoding(data: bytes) -> str:
+    try:
+        text = data.decode("gb18030")
+    except UnicodeDecodeError:
+        return "Windows-1252 or another 8-bit encoding"
+    han = sum("\u4e00" <= character <= "\u9fff" for character in text)
+    other = sum(character > "\x7f" for character in text) - han
+    return "GBK, as Chinese Windows writes it" if han > other else "an 8-bit encoding"
+
+
+def unix_lines(text: str) -> str:
+    """The text with every line end, of Windows or of old Macs, as `\\n`."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_unicode(text: str) -> bool:
+    """False if it holds half of a surrogate pair, which no file or terminal can be given."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """Text that can be printed on one line: what is not printable is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str, length: int = _LONGEST) -> str:
+    """Plain text of at most `length` characters; an ellipsis stands for what is cut off."""
+    text = plain(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def show(text: str) -> str:
+    """What the user wrote, shortened and in quotes."""
+    return f'"{shorten(text)}"'
+
+
+def show_path(path: Path) -> str:
+    """A path that can be printed on one line, whole."""
+    return plain(str(path))
+
+
+def count(names: Sequence[str], thing: str) -> str:
+    """How many there are, and the first three: `4 images (a.png, b.png, c.png and 1 more)`."""
+    few = ", ".join(shorten(name) for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {thing}{'s' if len(names) != 1 else ''} ({few}{more})"
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, in words: `a list`."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

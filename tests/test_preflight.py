@@ -9,6 +9,7 @@ import torch
 
 from lora_scripts import config, pipeline, preflight
 from lora_scripts.errors import UserError
+from tests import text_toys
 from tests.toys import save_pictures, write_config
 
 
@@ -199,3 +200,57 @@ def test_nothing_to_say(torch_build: pytest.MonkeyPatch) -> None:
     preflight.environment("cpu")
     torch_build.setattr(torch.version, "cuda", "12.6")
     preflight.environment("auto")
+
+
+# --- texts --------------------------------------------------------------------------------------
+
+
+def text_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> list[str]:
+    """What the preflight says of a text config with these keys."""
+    monkeypatch.chdir(tmp_path)
+    defaults = {"task_type": "text-generation", "base_model": "someone/a-model"}
+    more = {"train_data_dir": "rows.jsonl", "output_dir": "output/x"}
+    file = write_config(Path("my.yaml"), **{**defaults, **more, **values})
+    _, problems = preflight.inputs(config.read(file))
+    return [str(problem) for problem in problems]
+
+
+def test_text_data_may_be_a_file_or_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_toys.write_jsonl(tmp_path / "rows.jsonl")
+    assert text_inputs(tmp_path, monkeypatch) == []
+    text_toys.write_jsonl(tmp_path / "folder" / "rows.jsonl")
+    assert text_inputs(tmp_path, monkeypatch, train_data_dir="folder") == []
+    (problem,) = text_inputs(tmp_path, monkeypatch, train_data_dir="row.jsonl")
+    assert problem.endswith("there is no such file; did you mean rows.jsonl?")
+
+
+def test_all_mistakes_of_a_text_config_and_its_data_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*text_toys.conversations(2), {"mesages": []}, {"prompt": "a"}]
+    text_toys.write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = text_inputs(
+        tmp_path, monkeypatch, lora_rnk=8, base_model="nowhere/model.gguf", max_seq_length=4
+    )
+    places = [problem.split(":")[0] for problem in found]
+    assert places == [
+        "my.yaml line 5", "my.yaml line 6", "my.yaml line 2", "rows.jsonl line 3",
+        "rows.jsonl line 4",
+    ]  # fmt: skip
+
+
+def test_an_image_model_under_a_text_config_and_the_reverse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd_folder: Path
+) -> None:
+    text_toys.write_jsonl(tmp_path / "rows.jsonl")
+    (problem,) = text_inputs(tmp_path, monkeypatch, base_model=str(sd_folder))
+    assert "a diffusers folder, a model for images: set task_type: image-generation" in problem
+    llama = text_toys.save_model(tmp_path / "llama")
+    save_pictures(tmp_path / "pictures")
+    file = write_config(
+        Path("image.yaml"), base_model=str(llama), train_data_dir="pictures", output_dir="o"
+    )
+    (found,) = preflight.inputs(config.read(file))[1]
+    assert "set `task_type: text-generation`" in str(found)

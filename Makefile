@@ -1,7 +1,7 @@
-# Without make (Windows): python scripts/dev.py demo | test | test-slow | lint | schema
+# Without make (Windows): python scripts/dev.py demo | demo-text | test | test-slow | lint | schema
 PYTHON ?= python3
 
-.PHONY: demo test test-slow lint schema
+.PHONY: demo demo-text test test-slow lint schema
 
-demo test test-slow lint schema:
+demo demo-text test test-slow lint schema:
 	$(PYTHON) scripts/dev.py $@

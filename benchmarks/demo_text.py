@@ -5,8 +5,10 @@
 
 Prints, for the base and for the base with the LoRA,
 
-* the loss on the 40 held-out letters, whose matters and wordings are not in the training data;
-* the loss on 50 general questions with their answers, which have nothing to do with the shop;
+* the loss on the 40 held-out letters, whose matters and wordings are not in the training data, with
+  the system prompt of the config, for the base too;
+* the loss on 50 general questions with their answers, which have nothing to do with the shop, asked
+  without that system prompt;
 * of the answers to the 40 held-out letters (the likeliest token each time, at most 200): how many
   end by themselves, how many open and close in the shop's manner, and how long they are;
 * near-duplicates between the training and the held-out letters, which there should be none of;
@@ -26,17 +28,20 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lora_scripts.config import load
 from lora_scripts.data.chat import ChatFormat
 from lora_scripts.data.conversations import TextRecord, read_texts
 from lora_scripts.data.duplicates import near_duplicates
 from lora_scripts.device import Compute, choose
 from lora_scripts.logs import quiet_libraries
 from lora_scripts.models import causal_lm, lora
+from lora_scripts.schema import TextConfig
 from lora_scripts.tasks import build
 
 DATA = Path("assets/demo")
 TRAINING, HELD_OUT = DATA / "support_dialogues.jsonl", DATA / "support_heldout.jsonl"
 GENERAL = DATA / "general_prompts.jsonl"
+CONFIG = Path("configs/demo_text.yaml")
 BASE = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 LIMIT = 200
 OPENING = "Thank you for writing to Tollenby Lanterns."
@@ -64,11 +69,13 @@ def main() -> None:
     compute = choose("auto", "auto")
     base = causal_lm.load(build.find_text_base(arguments.base), compute)
     tokenizer = causal_lm.read_tokenizer(arguments.lora)
-    chat = ChatFormat(tokenizer)
+    config = load(CONFIG)
+    assert isinstance(config, TextConfig)
+    shop, plain = ChatFormat(tokenizer, None, config.system_prompt), ChatFormat(tokenizer)
     rows, written = {}, {}
-    rows["base"], written["base"] = measure(base.model, tokenizer, chat, compute)
+    rows["base"], written["base"] = measure(base.model, tokenizer, shop, plain, compute)
     adapted = lora.with_adapters(base.model, [(arguments.lora, 1.0)])
-    rows["base + LoRA"], written["base + LoRA"] = measure(adapted, tokenizer, chat, compute)
+    rows["base + LoRA"], written["base + LoRA"] = measure(adapted, tokenizer, shop, plain, compute)
     report(rows, time.time() - started)
     if arguments.answers:
         arguments.answers.write_text(side_by_side(written), encoding="utf-8")
@@ -77,14 +84,14 @@ def main() -> None:
 
 
 def measure(
-    model: Any, tokenizer: Any, chat: ChatFormat, compute: Compute
+    model: Any, tokenizer: Any, shop: ChatFormat, plain: ChatFormat, compute: Compute
 ) -> tuple[dict[str, float], list[Answer]]:
     """All figures of one model, and its answers to the held-out letters."""
-    answers = [answer(model, tokenizer, chat, record, compute) for record in records(HELD_OUT)]
+    answers = [answer(model, tokenizer, shop, record, compute) for record in records(HELD_OUT)]
     texts = [one.text.strip() for one in answers]
     return {
-        "held-out loss": loss(model, chat, records(HELD_OUT), compute),
-        "general loss": loss(model, chat, records(GENERAL), compute),
+        "held-out loss": mean_loss(model, shop, records(HELD_OUT), compute),
+        "general loss": mean_loss(model, plain, records(GENERAL), compute),
         "ended": sum(one.ended for one in answers) / len(answers),
         "opened": sum(text.startswith(OPENING) for text in texts) / len(texts),
         "closed": sum(text.endswith(CLOSING) for text in texts) / len(texts),
@@ -100,7 +107,7 @@ def records(path: Path) -> list[TextRecord]:
 
 
 @torch.no_grad()
-def loss(model: Any, chat: ChatFormat, rows: Sequence[TextRecord], compute: Compute) -> float:
+def mean_loss(model: Any, chat: ChatFormat, rows: Sequence[TextRecord], compute: Compute) -> float:
     """Mean cross entropy over the tokens of the answers, all rows together."""
     total, count = 0.0, 0
     for record in rows:

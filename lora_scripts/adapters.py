@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.run_files import ADAPTER_NAME
+from lora_scripts.run_files import ADAPTER_NAME, CHECKPOINTS, DIFFUSERS_NAME
+
+if TYPE_CHECKING:
+    from lora_scripts.models.text_signature import TextSignature
 
 CONFIG_NAME = "adapter_config.json"
+BASE_KEY = "base_model_name_or_path"  # PEFT's name for it in adapter_config.json
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,13 @@ class Adapter:
 
 def parse(text: str) -> Adapter:
     """`PATH` or `PATH:SCALE`; a Windows drive's colon is no scale."""
-    path, colon, scale = text.rpartition(":")
+    path, colon, end = text.rpartition(":")
     try:
-        return Adapter(Path(path), float(scale)) if colon and path else Adapter(Path(text), 1.0)
+        scale = float(end)
     except ValueError:
         return Adapter(Path(text), 1.0)
+    is_scale = colon and path and math.isfinite(scale)
+    return Adapter(Path(path), scale) if is_scale else Adapter(Path(text), 1.0)
 
 
 def check(adapters: Sequence[Adapter]) -> None:
@@ -45,21 +53,27 @@ def check(adapters: Sequence[Adapter]) -> None:
         raise UserError(problems)
 
 
-def base_of(adapters: Sequence[Adapter], named: str | None) -> str:
-    """The base model that was named, else the one that the adapters name.
+def find_base(adapters: Sequence[Adapter], named: str | None) -> tuple[str, TextSignature]:
+    """The base model that was named, else the one that the adapters name; and what it is.
 
     Raises:
-        UserError: if none is named anywhere, or two adapters name different ones.
+        UserError: if none is named anywhere, two adapters name different ones, or it is not there.
     """
-    if named is not None:
-        return named
-    bases = {str(_config(adapter.path).get("base_model_name_or_path")) for adapter in adapters}
-    if len(bases) > 1:
-        what = f"the LoRAs were trained on different models ({', '.join(sorted(bases))}); name one"
-        raise user_error("--base", what)
-    if not bases or bases == {"None"}:
-        raise user_error("--base", "name the base model: hub id, folder or .gguf file")
-    return bases.pop()
+    from lora_scripts.tasks import build
+
+    base = _base_of(adapters) if named is None else named
+    try:
+        return base, build.find_text_base(base)
+    except UserError as error:
+        if named is not None:
+            raise
+        place = adapters[0].path / CONFIG_NAME
+        raise UserError(
+            [
+                *error.problems,
+                Problem("--base", f"{place} names this base model; if it lies elsewhere, name it"),
+            ]
+        ) from None
 
 
 def tokenizer_folder(adapters: Sequence[Adapter]) -> Path | None:
@@ -68,19 +82,47 @@ def tokenizer_folder(adapters: Sequence[Adapter]) -> Path | None:
     return next((path for path in folders if (path / "tokenizer_config.json").is_file()), None)
 
 
-def _config(folder: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+def _base_of(adapters: Sequence[Adapter]) -> str:
+    if not adapters:
+        raise user_error("--base", "name the base model: hub id, folder or .gguf file")
+    bases = {adapter.path: _config(adapter.path).get(BASE_KEY) for adapter in adapters}
+    silent = [str(path) for path, base in bases.items() if not isinstance(base, str) or not base]
+    if silent:
+        raise user_error("--base", f"{silent[0]} does not say which base model it is for; name it")
+    if len(set(bases.values())) > 1:
+        each = ", ".join(f"{path} on {base}" for path, base in bases.items())
+        raise user_error("--base", f"the LoRAs name different base models ({each}); name one")
+    return str(bases.popitem()[1])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     return content
 
 
 def _trouble(path: Path) -> str | None:
+    """Why `path` is no finished text LoRA; None if it is one."""
+    from lora_scripts.training import checkpoint
+
+    if path.is_file() and (path.parent / CONFIG_NAME).is_file():
+        return f"must be the folder of a finished run: {path.parent}"
+    if path.suffix == ".safetensors" and path.is_file():
+        return f"must be a folder with {CONFIG_NAME}; LoRAs for pictures: `lora-scripts sample`"
     if not path.is_dir():
-        return "must be the folder of a finished run (with adapter_config.json); nothing is there"
+        return "must be the folder of a finished run; there is no such folder here"
     missing = [name for name in (CONFIG_NAME, ADAPTER_NAME) if not (path / name).is_file()]
     if not missing:
-        return None
-    if (path / "pytorch_lora_weights.safetensors").is_file():
-        return "this is a LoRA for images; use lora-scripts sample"
-    checkpoints = sorted((path / "checkpoints").glob("step-*"))
-    advice = f"; the run is not finished, try {checkpoints[-1]}" if checkpoints else ""
-    return f"there is no {' and no '.join(missing)} in it{advice}"
+        return _unreadable(path)
+    if (path / DIFFUSERS_NAME).is_file():
+        return "this is a LoRA for pictures; see what it draws by `lora-scripts sample`"
+    if checkpoints := checkpoint.listed(path / CHECKPOINTS):
+        return f"this run is not finished; its newest checkpoint is {checkpoints[-1]}"
+    return f"there is no {' and no '.join(missing)} in it"
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        content = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        return f"its {CONFIG_NAME} cannot be read as JSON ({error})"
+    return None if isinstance(content, dict) else f"its {CONFIG_NAME} should hold one JSON object"

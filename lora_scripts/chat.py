@@ -10,10 +10,11 @@ from typing import Any
 
 from lora_scripts import adapters
 from lora_scripts.adapters import Adapter
+from lora_scripts.errors import user_error
 
 logger = logging.getLogger(__name__)
 
-HELP = "/reset forgets what was said, /exit (or Ctrl-D) ends."
+HELP = "Type what you want to say. /reset forgets what was said, /exit (or Ctrl-D) ends."
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,30 @@ def run(request: ChatRequest) -> None:
         UserError: if base or LoRAs are not there or do not fit each other.
     """
     adapters.check(request.loras)
-    base = adapters.base_of(request.loras, request.base)
+    base, found = adapters.find_base(request.loras, request.base)
     from lora_scripts import device
     from lora_scripts.data.chat import ChatFormat
     from lora_scripts.logs import quiet_libraries
     from lora_scripts.models import causal_lm, lora
-    from lora_scripts.tasks import build
 
     quiet_libraries()
     compute = device.choose(request.device, "auto")
-    loaded = causal_lm.load(build.find_text_base(base), compute)
+    loaded = causal_lm.load(found, compute)
     model, tokenizer = loaded.model, loaded.tokenizer
     folder = adapters.tokenizer_folder(request.loras)
     if folder is not None:
         tokenizer = causal_lm.read_tokenizer(folder)
+    elif request.loras:
+        logger.warning("The LoRA has no tokenizer with it; the base's chat template is used")
     if request.loras:
         model = lora.with_adapters(model, [(each.path, each.scale) for each in request.loras])
     chat = ChatFormat(tokenizer, None, request.system_prompt)
+    logger.info("%s", _partners(base, request.loras))
     messages: list[dict[str, Any]] = []
     for number, prompt in enumerate(_prompts(request)):
         if prompt == "/reset":
             messages.clear()
+            logger.info("Forgotten.")
             continue
         messages.append({"role": "user", "content": prompt})
         with compute.autocast():
@@ -69,10 +73,17 @@ def run(request: ChatRequest) -> None:
                 max_new_tokens=request.max_new_tokens,
                 temperature=request.temperature,
                 seed=request.seed + number,
-                stream=_write,
+                stream=_Console(),
             )
         _write("\n")
-        messages.append({"role": "assistant", "content": answer})
+        # A template puts white space of its own around what it is given (ChatGLM3's "\n ").
+        messages.append({"role": "assistant", "content": answer.strip()})
+
+
+def _partners(base: str, loras: Sequence[Adapter]) -> str:
+    """Who is talked to: `Qwen/Qwen3-0.6B with output/mine at 0.8`."""
+    parts = [f"{each.path}{'' if each.scale == 1 else f' at {each.scale:g}'}" for each in loras]
+    return f"{base} with {' and '.join(parts)}" if parts else base
 
 
 def _prompts(request: ChatRequest) -> Iterator[str]:
@@ -82,17 +93,43 @@ def _prompts(request: ChatRequest) -> Iterator[str]:
             _write(f"> {prompt}\n")
             yield prompt
         return
-    if sys.stdin.isatty():
+    typed = sys.stdin.isatty()
+    if typed:
         logger.info(HELP)
     while True:
         try:
-            prompt = input("> ").strip()
-        except EOFError:
+            prompt = input("> ").strip() if typed else _piped()
+        except (EOFError, KeyboardInterrupt):
+            _write("\n" if typed else "")
             return
+        except UnicodeDecodeError:
+            what = f"is not {sys.stdin.encoding}; set PYTHONIOENCODING to the encoding that it has"
+            raise user_error("the input", what) from None
         if prompt in ("/exit", "/quit"):
             return
         if prompt:
             yield prompt
+
+
+def _piped() -> str:
+    """The next line of an input that is no terminal, shown as if it had been typed."""
+    prompt = input().strip()
+    if prompt:
+        _write(f"> {prompt}\n")
+    return prompt
+
+
+class _Console:
+    """Writes an answer as it comes, without white space at its head."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, text: str) -> None:
+        if not self._begun:
+            text = text.lstrip()
+        self._begun = self._begun or bool(text)
+        _write(text)
 
 
 def _write(text: str) -> None:

@@ -110,7 +110,8 @@ def chat(
         list[str] | None, typer.Option(help="PATH or PATH:SCALE; several act together.")
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Say this instead of asking in the terminal.")
+        list[str] | None,
+        typer.Option(help="Say this instead of asking; may be given several times."),
     ] = None,
     system_prompt: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Cut answers off there.")] = 512,

@@ -1,25 +1,44 @@
 """A finished text LoRA in other forms: merged into its base, for llama.cpp and Ollama, and so on.
 
-Nothing is overwritten, and everything that is written is read back and compared.
+Nothing is overwritten, and everything that is written is read back and compared. A folder has its
+name only when it is whole.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_scripts import adapters
 from lora_scripts.adapters import Adapter
-from lora_scripts.errors import WorkError, user_error
+from lora_scripts.errors import Problem, UserError, WorkError, user_error
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_scripts.device import Compute
+    from lora_scripts.models.text_signature import TextSignature
 
 logger = logging.getLogger(__name__)
 
 Form = Literal["merged", "base", "gguf", "chatglm"]
+MODELFILE = "Modelfile"
 SAME = 1e-5  # of the largest logit: two readings of the same weights
+ROUNDED = 12  # units of the last place: what rounding merged weights may do to the largest logit
+# by layout: what is to be known of the base model in llama.cpp and Ollama
+ADVICE = {
+    "transformers": "Ollama reads such folders of some models only, a .gguf file of the same model "
+    "always.",
+    "chatglm": "Ollama does not read such folders: put a .gguf file there, made of the folder that "
+    "`lora-scripts export --base` writes. One that was made of the original files holds query, key "
+    "and value as one tensor, which this adapter does not fit.",
+}
 
 
 @dataclass(frozen=True)
@@ -41,128 +60,178 @@ def run(request: ConvertRequest) -> Path:
         WorkError: if what was written does not read back as it should.
     """
     adapters.check(request.loras)
-    if not request.loras:
-        raise user_error("--lora", "name the folder of a finished run")
     if request.form != "merged" and len(request.loras) > 1:
         raise user_error("--lora", "give one; only --merge takes several")
-    base = adapters.base_of(request.loras, request.base)
     output = request.output or _usual(request)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise user_error(str(output), "is there already; name another place with --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_free(request.form, output)
+    base, found = adapters.find_base(request.loras, request.base)
     from lora_scripts.logs import quiet_libraries
 
     quiet_libraries()
     match request.form:
         case "merged":
-            _merge(request, base, output)
+            _merge(request, found, output)
         case "base":
-            _write_base(request, base, output)
+            _write_base(request, base, found, output)
         case "gguf":
-            _write_gguf(request.loras[0], base, output)
+            _write_gguf(request.loras[0], base, found, output)
         case "chatglm":
-            _write_original_names(request.loras[0], base, output)
-    logger.info("Written: %s", output)
+            _write_original_names(request.loras[0], base, found, output)
     return output
 
 
 def _usual(request: ConvertRequest) -> Path:
     folder = request.loras[0].path
-    name = f"{folder.resolve().name}.gguf" if request.form == "gguf" else request.form
-    return folder / name
+    if request.form == "gguf":
+        return folder / "gguf" / f"{folder.resolve().name}.gguf"
+    return folder / request.form
 
 
-def _merge(request: ConvertRequest, base: str, output: Path) -> None:
+def _check_free(form: Form, output: Path) -> None:
+    """Nothing may be where something is to be written."""
+    places = [output, output.with_name(MODELFILE)] if form == "gguf" else [output]
+    taken = [place for place in places if place.is_file() or _holds_something(place)]
+    what = "is there already; name another place with --output, or move it away"
+    if taken:
+        raise UserError([Problem(str(place), what) for place in taken])
+    if form == "gguf" and output.suffix.lower() != ".gguf":
+        raise user_error(f"--output {output}", "must be the name of a .gguf file")
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `output` if all goes well and is removed if not."""
+    temporary = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if output.is_dir():
+            output.rmdir()  # it is empty
+        temporary.replace(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _merge(request: ConvertRequest, found: TextSignature, output: Path) -> None:
     """One transformers directory: W + scale * alpha / rank * up @ down in every adapted layer."""
+    import torch
+
     from lora_scripts import device
     from lora_scripts.models import causal_lm, lora
-    from lora_scripts.tasks import build
 
     compute = device.choose(request.device, "no")
-    found = build.find_text_base(base)
     loaded = causal_lm.load(found, compute, own_dtype=True)
     folders = [(each.path, each.scale) for each in request.loras]
     adapted = lora.with_adapters(loaded.model, folders)
     expected = causal_lm.probe(adapted)
     merged = lora.merge(adapted)
-    causal_lm.save(merged, _tokenizer(request.loras, loaded.tokenizer), output)
+    tokenizer = _tokenizer(request.loras, loaded.tokenizer)
     dtype = merged.dtype
-    del adapted, merged, loaded
-    gc.collect()
-    written = causal_lm.load(build.find_text_base(str(output)), compute, own_dtype=True)
-    difference = (causal_lm.probe(written.model) - expected).abs().max().item()
-    largest = expected.abs().max().item()
-    logger.info(
-        "Logits of the merged model and of base + LoRA differ by at most %.3g (largest logit %.3g; "
-        "the merged weights are rounded to %s)", difference, largest, dtype,
-    )  # fmt: skip
-    if not difference <= 0.1 * largest:
-        raise WorkError(f"{output}: the merged model does not give the logits of base and LoRA")
+    with _new_folder(output) as folder:
+        causal_lm.save(merged, tokenizer, folder)
+        del adapted, merged, loaded
+        gc.collect()
+        difference = _difference(folder, compute, expected)
+        largest = expected.abs().max().item()
+        logger.info(
+            "Logits of the merged model, read back, and of base with LoRA: largest difference "
+            "%.2g, largest logit %.2g (the merged weights are rounded to %s)",
+            difference, largest, str(dtype).removeprefix("torch."),
+        )  # fmt: skip
+        if not difference <= max(1e-3, ROUNDED * torch.finfo(dtype).eps) * largest:
+            raise WorkError(
+                f"{output}: the merged model does not give the logits of base and LoRA (they "
+                f"differ by {difference:.2g}); it is not kept"
+            )
+    logger.info("Written: %s, a model as transformers, vLLM and others load it", output)
 
 
-def _write_base(request: ConvertRequest, base: str, output: Path) -> None:
+def _write_base(request: ConvertRequest, base: str, found: TextSignature, output: Path) -> None:
     """The base as a transformers directory, named by the adapter from then on."""
     import torch
 
     from lora_scripts.device import Compute
     from lora_scripts.models import causal_lm, lora
-    from lora_scripts.tasks import build
 
-    found = build.find_text_base(base)
     if found.layout == "transformers":
         raise user_error(base, "is a transformers folder already; nothing needs to be converted")
     compute = Compute(torch.device("cpu"), "no")
     loaded = causal_lm.load(found, compute, own_dtype=True)
     expected = causal_lm.probe(loaded.model)
-    causal_lm.save(loaded.model, _tokenizer(request.loras, loaded.tokenizer), output)
-    del loaded
-    gc.collect()
-    written = causal_lm.load(build.find_text_base(str(output)), compute, own_dtype=True)
-    difference = (causal_lm.probe(written.model) - expected).abs().max().item()
-    if not difference <= SAME * expected.abs().max().item():
-        raise WorkError(f"{output}: read back it differs from {base} by {difference:.3g}")
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    with _new_folder(output) as written:
+        causal_lm.save(loaded.model, _tokenizer(request.loras, loaded.tokenizer), written)
+        del loaded
+        gc.collect()
+        difference = _difference(written, compute, expected)
+        if not difference <= SAME * expected.abs().max().item():
+            raise WorkError(f"{output}: read back it differs from {base} by {difference:.3g}")
+    logger.info("Written: %s, the base model in %s", output, dtype)
     folder = request.loras[0].path
     lora.name_base(folder, str(output))
-    logger.info("%s names it as its base now", folder / adapters.CONFIG_NAME)
+    logger.info("%s names it as its base model now", folder / adapters.CONFIG_NAME)
 
 
-def _write_gguf(adapter: Adapter, base: str, output: Path) -> None:
+def _difference(folder: Path, compute: Compute, expected: torch.Tensor) -> float:
+    """The largest difference of a written model's logits from `expected`."""
+    from lora_scripts.models import causal_lm
+    from lora_scripts.models.text_signature import read_text_signature
+
+    written = causal_lm.load(read_text_signature(folder), compute, own_dtype=True)
+    return (causal_lm.probe(written.model) - expected).abs().max().item()
+
+
+def _write_gguf(adapter: Adapter, base: str, found: TextSignature, output: Path) -> None:
     """llama.cpp's adapter file and a Modelfile for Ollama beside it."""
     import torch
 
-    from lora_scripts.errors import UserError
     from lora_scripts.export import gguf_adapter, modelfile
     from lora_scripts.files import write_text
     from lora_scripts.models import causal_lm, lora
-    from lora_scripts.tasks import build
 
-    found = build.find_text_base(base)
     layers = lora.read_peft(adapter.path, adapter.scale)
     config = causal_lm.load_config(found)
-    gguf_adapter.write(output, layers, config, dtype=torch.float16, name=output.stem)
     tokenizer = _tokenizer([adapter], None) or causal_lm.load_tokenizer(found)
-    path = output.with_name("Modelfile")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    gguf_adapter.write(output, layers, config, dtype=torch.float16, name=output.stem)
+    base_file = base if found.layout == "gguf" else "BASE.gguf"
+    logger.info("Written: %s, for llama.cpp: llama-cli -m %s --lora %s", output, base_file, output)
     try:
         text = modelfile.modelfile(
-            tokenizer, base=base, adapter=output.name, stops=_stops(tokenizer)
+            tokenizer,
+            base=str(found.path.resolve()),
+            adapter=output.name,
+            stops=_stops(tokenizer),
         )
     except UserError as error:
         logger.warning("No Modelfile for Ollama: %s", error)
         return
+    path = output.with_name(MODELFILE)
     write_text(path, text)
-    logger.info("For Ollama: ollama create %s -f %s", output.stem, path)
+    logger.info("Written: %s, for Ollama: ollama create %s -f %s", path, output.stem, path)
+    if found.layout in ADVICE:
+        logger.info("Its FROM names %s. %s", base, ADVICE[found.layout])
 
 
-def _write_original_names(adapter: Adapter, base: str, output: Path) -> None:
+def _write_original_names(adapter: Adapter, base: str, found: TextSignature, output: Path) -> None:
     """A PEFT directory whose layers have the names of ChatGLM's own code."""
     from lora_scripts.models import chatglm, lora
-    from lora_scripts.tasks import build
 
-    found = build.find_text_base(base)
     if found.layout != "chatglm":
         raise user_error(base, "is not in ChatGLM's original layout, so there are no other names")
     layers = lora.read_peft(adapter.path, adapter.scale)
-    lora.write_peft(output, chatglm.original_names(layers, found.config), base)
+    renamed = chatglm.original_names(layers, found.config)
+    with _new_folder(output) as folder:
+        lora.write_peft(folder, renamed, base)
+        if not lora.same(lora.read_peft(folder), renamed):
+            raise WorkError(f"{output}: read back it is not what was written")
+    logger.info("Written: %s, a LoRA under the layer names of ChatGLM's own code", output)
 
 
 def _tokenizer(loras: Sequence[Adapter], own: Any) -> Any:

@@ -153,8 +153,7 @@ def show_answers(folder: Path) -> None:
         after = path.with_name(path.name.replace(first, last)).read_text("utf-8")
         print(f"\n{question}\n\n  before: {before.strip()}")
         print(f"\n  after:  {after.partition('---')[2].strip()}")
-    chat = f"{BIN / f'lora-scripts{EXE}'} chat --base {ROOT / TEXT_BASE} --lora {folder}"
-    print(f"\nThe LoRA:   {folder}\nTalk to it: {chat}")
+    print(f"\nThe LoRA, its card, samples and curves: {folder}")
 
 
 def test(rest: list[str]) -> int:

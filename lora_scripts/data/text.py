@@ -24,6 +24,7 @@ from lora_scripts.randomness import numpy_generator, seed_of
 from lora_scripts.schema import TextConfig, TextDataset
 
 GROUPED_BATCHES = 32  # of so many batches the rows are sorted by length, where they are padded
+MOST_PROBLEMS = 50  # of the rows; then the rest is not looked at
 Row = tuple[TextRecord, TextDataset]
 
 
@@ -103,7 +104,13 @@ def _tokenise(
     problems: list[Problem] = []
     cut_rows, cut_tokens = 0, 0
     for number, (record, _) in enumerate(rows):
-        whole = _encoded(record, format, config)
+        if len(problems) >= MOST_PROBLEMS:
+            break
+        try:
+            whole = _encoded(record, format, config)
+        except UserError as error:
+            problems += error.problems
+            continue
         kept = [_cut(sample, config.max_seq_length) for sample in whole]
         lost = sum(len(a.ids) - len(b.ids) for a, b in zip(whole, kept, strict=True))
         cut_rows, cut_tokens = cut_rows + bool(lost), cut_tokens + lost
@@ -130,10 +137,10 @@ def _tokenise(
 
 def _encoded(record: TextRecord, format: ChatFormat, config: TextConfig) -> list[Encoded]:
     """The samples of a row, a conversation not cut yet, a raw text in windows."""
-    if record.text is not None:
-        whole = format.encode_text(record.text)
-        return list(windows(whole, config.max_seq_length, config.stride))
     try:
+        if record.text is not None:
+            whole = format.encode_text(record.text)
+            return list(windows(whole, config.max_seq_length, config.stride))
         rendered = format.render(record.messages, record.tools, config.train_on)
     except UserError as error:
         raise UserError(
@@ -149,12 +156,18 @@ def samples_of(record: TextRecord, format: ChatFormat, config: TextConfig) -> li
 
 
 def pieces(sample: Encoded, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The text of a sample in runs of tokens that are learned or not, special tokens shown."""
-    changes = np.flatnonzero(np.diff(sample.supervised)) + 1
-    for ids, learned in zip(
-        np.split(sample.ids, changes), np.split(sample.supervised, changes), strict=True
-    ):
-        yield tokenizer.decode(ids, skip_special_tokens=False), bool(learned[0])
+    """The text of a sample in runs of tokens that are learned or not, special tokens shown.
+
+    Each run is what it adds to the text before it: decoders drop the space before a first word.
+    """
+    ends = [*(np.flatnonzero(np.diff(sample.supervised)) + 1), len(sample.ids)]
+    shown = 0
+    for end in ends:
+        whole: str = tokenizer.decode(
+            sample.ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        yield whole[shown:], bool(sample.supervised[end - 1])
+        shown = len(whole)
 
 
 def windows(whole: Encoded, length: int, stride: int) -> Iterator[Encoded]:

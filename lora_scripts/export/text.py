@@ -7,6 +7,7 @@ its logits must be the trained model's.
 from __future__ import annotations
 
 import gc
+import json
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, "{folder}")
 ```
 {note}
-Talk to it: `lora-scripts chat --base {base_model} --lora {folder}`. One model without PEFT:
+Talk to it: `lora-scripts chat {arguments}`. One model without PEFT:
 `lora-scripts export --lora {folder} --merge`. For llama.cpp and Ollama:
 `lora-scripts export --lora {folder} --format gguf`."""
 CONVERTED = """
@@ -71,18 +72,27 @@ class TextExport:
         values = {
             "base": f'"{self._base_for_python()}"',
             "base_model": self.config.base_model,
+            "arguments": self._chat_arguments(),
             "folder": self.config.output_dir.as_posix(),
         }
         converted = self._is_converted()
         note = CONVERTED.format(**values) if converted else ""
+        if self.config.system_prompt:
+            note += f"\nTrained with the system message: `{self.config.system_prompt}`\n"
         return USAGE.format(**values, note=note)
 
     def hints(self) -> list[str]:
         folder = self.config.output_dir
         return [
-            f"talk to it: lora-scripts chat --base {self.config.base_model} --lora {folder}",
+            f"talk to it: lora-scripts chat {self._chat_arguments()}",
             f"in Python: PeftModel.from_pretrained(model, {str(folder)!r})",
         ]
+
+    def _chat_arguments(self) -> str:
+        system = self.config.system_prompt
+        said = f" --system-prompt {json.dumps(system, ensure_ascii=False)}" if system else ""
+        folder = self.config.output_dir.as_posix()
+        return f"--base {self.config.base_model} --lora {folder}{said}"
 
     def _is_converted(self) -> bool:
         path = Path(self.config.base_model).expanduser()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ def load(
 ) -> CausalLM:
     """Read model and tokenizer; the weights frozen, in the precision of `compute`.
 
-    `own_dtype` keeps the precision in which the files hold them; a .gguf file is unpacked to
-    bfloat16 then.
+    `own_dtype` keeps the precision in which the files hold them; a quantised .gguf file is
+    unpacked to bfloat16 then.
 
     Raises:
         UserError: if transformers has no such model, or a file or package is missing.
@@ -75,7 +75,8 @@ def load_tokenizer(found: TextSignature, *, trust_remote_code: bool = False) -> 
 
     match found.layout:
         case "gguf":
-            return AutoTokenizer.from_pretrained(found.path.parent, gguf_file=found.path.name)
+            with _gguf_reading(found.path):
+                return AutoTokenizer.from_pretrained(found.path.parent, gguf_file=found.path.name)
         case "chatglm":
             from lora_scripts.models import chatglm
 
@@ -110,8 +111,10 @@ def load_config(found: TextSignature) -> Any:
             rope = chatglm.rope_rule(found.path, found.config)
             return chatglm.convert_config(found.config, rope)
         case "gguf":
-            return AutoConfig.from_pretrained(found.path.parent, gguf_file=found.path.name)
+            with _gguf_reading(found.path):
+                return AutoConfig.from_pretrained(found.path.parent, gguf_file=found.path.name)
         case "transformers":
+            _check_known(found, trust_remote_code=False)
             return AutoConfig.from_pretrained(found.path)
 
 
@@ -122,6 +125,9 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _own_dtype(found: TextSignature) -> torch.dtype:
+    if found.layout == "gguf":
+        quantization = _facts(found)["base_quantization"]
+        return {"F32": torch.float32, "F16": torch.float16}.get(quantization, torch.bfloat16)
     name = found.config.get("dtype") or found.config.get("torch_dtype") or "bfloat16"
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
@@ -144,7 +150,8 @@ def _load_model(
 
             return chatglm.load(found.path, dtype).to(compute.device)
         case "gguf":
-            with redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            silent = redirect_stderr(io.StringIO())  # a progress bar that cannot be switched off
+            with _gguf_reading(found.path), silent:
                 model = AutoModelForCausalLM.from_pretrained(
                     found.path.parent,
                     gguf_file=found.path.name,
@@ -307,22 +314,46 @@ def generate(
             do_sample=temperature > 0,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
-            streamer=_streamer(tokenizer, stream),
+            streamer=None if stream is None else _Streamer(tokenizer, stream),
             **({"temperature": temperature} if temperature > 0 else {}),
         )
-    answer: str = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
-    return answer
+    return _decode(tokenizer, output_BT[0, len(ids) :].tolist())
 
 
-def _streamer(tokenizer: Any, stream: Callable[[str], None] | None) -> Any:
-    """transformers' streamer, which cuts whole characters out of the tokens, with our end to it."""
-    if stream is None:
-        return None
-    from transformers import TextStreamer
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    streamer.on_finalized_text = lambda text, stream_end=False: stream(text)
-    return streamer
+
+class _Streamer:
+    """Gives out an answer as it grows, in whole characters; transformers calls `put` and `end`.
+
+    The answer is decoded from its first token each time: decoders leave out the space before a
+    first word, and a character may be spread over several tokens.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._ids: list[int] | None = None  # None until the prompt has been given
+        self._written = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        text = _decode(self._tokenizer, self._ids)
+        if not text.endswith("\ufffd"):
+            self._give(text)
+
+    def end(self) -> None:
+        self._give(_decode(self._tokenizer, self._ids or []))
+
+    def _give(self, text: str) -> None:
+        if len(text) > len(self._written):
+            self._write(text[len(self._written) :])
+            self._written = text
 
 
 @torch.no_grad()
@@ -347,13 +378,22 @@ def _facts(found: TextSignature) -> dict[str, str]:
     """What can be said of the base in a LoRA's metadata."""
     if found.layout != "gguf":
         return {"base_layout": found.layout, "base_model_type": str(found.config.get("model_type"))}
-    from gguf import GGUFReader, LlamaFileType
+    from gguf import LlamaFileType
 
-    fields = GGUFReader(found.path).fields
-    file_type = fields["general.file_type"].contents() if "general.file_type" in fields else -1
     known: dict[Any, str] = {kind.value: kind.name for kind in LlamaFileType}
+    file_type = known.get(found.config.get("general.file_type"), "unknown")
     return {
         "base_layout": "gguf",
-        "base_model_type": str(fields["general.architecture"].contents()),
-        "base_quantization": known.get(file_type, "unknown").removeprefix("MOSTLY_"),
+        "base_model_type": str(found.config.get("general.architecture")),
+        "base_quantization": file_type.removeprefix("MOSTLY_").removeprefix("ALL_"),
     }
+
+
+@contextmanager
+def _gguf_reading(path: Path) -> Iterator[None]:
+    """transformers' reader of .gguf files says by ValueError what it cannot read."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        what = f"transformers cannot read this .gguf file ({error}); take the model as safetensors"
+        raise user_error(str(path), what) from None

@@ -6,22 +6,28 @@ arXiv 2106.09685), with `down` of shape (rank, in) and `up` of shape (out, rank)
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_scripts.errors import WorkError, user_error
 
 ADAPTER = "default"
-# what a PEFT adapter may use beyond one scale, one rank and two matrices a layer
-_SPECIAL = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
-            "target_parameters", "trainable_token_indices", "layer_replication")  # fmt: skip
+PREFIX = "base_model.model."  # of every name in PEFT's files
+# what a PEFT adapter may use beyond one scale and two matrices a layer
+_SPECIAL = ("use_rslora", "use_dora", "modules_to_save", "target_parameters",
+            "trainable_token_indices", "layer_replication")  # fmt: skip
+
+_UNFIT = "this adapter does not fit the base model"
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,8 @@ def peft_tensors(adapters: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[s
     """The tensors of PEFT's adapter_model.safetensors, under the names that PEFT looks for."""
     tensors = {}
     for layer in adapters:
-        tensors[f"base_model.model.{layer.path}.lora_A.weight"] = layer.down.to(dtype).contiguous()
-        tensors[f"base_model.model.{layer.path}.lora_B.weight"] = layer.up.to(dtype).contiguous()
+        tensors[f"{PREFIX}{layer.path}.lora_A.weight"] = layer.down.to(dtype).contiguous()
+        tensors[f"{PREFIX}{layer.path}.lora_B.weight"] = layer.up.to(dtype).contiguous()
     return tensors
 
 
@@ -89,25 +95,34 @@ def write_peft_config(folder: Path, module: nn.Module, base_model: str) -> Path:
     """PEFT's adapter_config.json for the adapters of `module`, a language model."""
     adapters = layers(module)
     targets = _shortest(module, [layer.path for layer in adapters])
-    return _write_config(folder, adapters[0], targets, base_model)
+    return _write_config(folder, adapters, targets, base_model)
 
 
 def write_peft(folder: Path, adapters: Sequence[AdaptedLayer], base_model: str) -> None:
-    """A PEFT directory of adapters that belong to no module at hand, in float32."""
+    """A PEFT directory of adapters that belong to no module at hand, in float32.
+
+    Ranks and alphas may differ from layer to layer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(peft_tensors(adapters, torch.float32), folder / "adapter_model.safetensors")
     targets = sorted(layer.path for layer in adapters)
-    _write_config(folder, adapters[0], targets, base_model)
+    _write_config(folder, adapters, targets, base_model)
 
 
 def _write_config(
-    folder: Path, example: AdaptedLayer, targets: Sequence[str], base_model: str
+    folder: Path, adapters: Sequence[AdaptedLayer], targets: Sequence[str], base_model: str
 ) -> Path:
     from peft import LoraConfig
 
+    ranks = {layer.path: layer.down.shape[0] for layer in adapters}
+    alphas = {layer.path: layer.alpha for layer in adapters}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = LoraConfig(
-        r=example.down.shape[0],
-        lora_alpha=example.alpha,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={re.escape(path): own for path, own in ranks.items() if own != rank},
+        alpha_pattern={re.escape(path): own for path, own in alphas.items() if own != alpha},
         target_modules=list(targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
@@ -124,23 +139,37 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
         UserError: if it holds what plain LoRA cannot express.
     """
     from peft import PeftConfig
+    from peft.utils.other import get_pattern_key
 
     config = PeftConfig.from_pretrained(str(folder))
     special = [name for name in _SPECIAL if getattr(config, name, None)]
     if special:
         raise user_error(str(folder), f"uses {', '.join(special)}, which plain LoRA cannot express")
     tensors = load_file(folder / "adapter_model.safetensors")
-    ends = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
-    paths = [name.removesuffix(ends["down"]) for name in tensors if name.endswith(ends["down"])]
-    return [
-        AdaptedLayer(
-            path=path.removeprefix("base_model.model."),
-            down=tensors[path + ends["down"]].float(),
-            up=tensors[path + ends["up"]].float(),
-            alpha=float(config.lora_alpha) * scale,
-        )
-        for path in paths
-    ]
+    found = []
+    for path in _adapted_paths(tensors):
+        key = get_pattern_key(config.alpha_pattern, path)
+        alpha = float(config.alpha_pattern.get(key, config.lora_alpha))
+        down, up = (tensors[f"{PREFIX}{path}.lora_{side}.weight"].float() for side in "AB")
+        found.append(AdaptedLayer(path, down, up, alpha * scale))
+    return found
+
+
+def _adapted_paths(names: Iterable[str]) -> list[str]:
+    """The layers that a PEFT file has matrices for, as paths in the bare model."""
+    end = ".lora_A.weight"
+    return [name.removeprefix(PREFIX).removesuffix(end) for name in names if name.endswith(end)]
+
+
+def same(first: Sequence[AdaptedLayer], second: Sequence[AdaptedLayer]) -> bool:
+    """Whether two lists hold the same adapters, exactly; their order does not count."""
+    a, b = ({layer.path: layer for layer in adapters} for adapters in (first, second))
+    return a.keys() == b.keys() and all(
+        torch.equal(a[path].down, b[path].down)
+        and torch.equal(a[path].up, b[path].up)
+        and a[path].alpha == b[path].alpha
+        for path in a
+    )
 
 
 def name_base(folder: Path, base_model: str) -> None:
@@ -188,18 +217,65 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
 
     names = [f"adapter_{number}" for number, _ in enumerate(adapters)]
     adapted: Any = None
+    for folder, _ in adapters:
+        _check_fit(model, folder)
     for name, (folder, _) in zip(names, adapters, strict=True):
         try:
-            if adapted is None:
-                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-            else:
-                adapted.load_adapter(str(folder), adapter_name=name)
+            with warnings.catch_warnings(action="ignore"):  # of what does not fit: refused below
+                if adapted is None:
+                    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                else:
+                    adapted.load_adapter(str(folder), adapter_name=name)
         except (ValueError, RuntimeError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            what = f"this adapter does not fit the base model: {reason}"
-            raise user_error(str(folder), what) from None
+            raise user_error(str(folder), f"{_UNFIT}: {reason}") from None
+        _check_complete(adapted, name, folder)
     set_strengths(adapted, dict(zip(names, (scale for _, scale in adapters), strict=True)))
     return adapted.eval()
+
+
+def _check_fit(model: nn.Module, folder: Path) -> None:
+    """Every pair of matrices in the file must have its layer in the model, of the right width."""
+    modules = dict(model.named_modules())
+    misfits = []
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
+        for path in _adapted_paths(stored.keys()):
+            inputs = stored.get_slice(f"{PREFIX}{path}.lora_A.weight").get_shape()[1]
+            outputs = stored.get_slice(f"{PREFIX}{path}.lora_B.weight").get_shape()[0]
+            if path not in modules:
+                misfits.append(f"the model has no {path}")
+            elif (widths := _widths(modules[path])) not in (None, (inputs, outputs)):
+                found = " → ".join(map(str, widths or ()))
+                misfits.append(f"{path} is {found} in the model, {inputs} → {outputs} here")
+    if misfits:
+        more = f", and {len(misfits) - 1} more such layers" if len(misfits) > 1 else ""
+        raise user_error(str(folder), f"{_UNFIT}: {misfits[0]}{more}")
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """A linear layer's inputs and outputs; None for other layers."""
+    from transformers.pytorch_utils import Conv1D  # GPT-2's name for a linear layer
+
+    match module:
+        case nn.Linear():
+            return module.in_features, module.out_features
+        case Conv1D():
+            return module.nx, module.nf
+        case _:
+            return None
+
+
+def _check_complete(adapted: Any, name: str, folder: Path) -> None:
+    """No layer may have got an adapter by the config's names and no matrices from the file."""
+    from peft.tuners.lora import LoraLayer
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
+        given = set(_adapted_paths(stored.keys()))
+    modules = adapted.get_base_model().named_modules()
+    there = {p for p, m in modules if isinstance(m, LoraLayer) and name in m.lora_A}
+    if empty := sorted(there - given):
+        more = f" and {len(empty) - 1} more layers" if len(empty) > 1 else ""
+        raise user_error(str(folder), f"{_UNFIT}: it has no matrices for {empty[0]}{more}")
 
 
 def set_strengths(adapted: Any, strengths: Mapping[str, float]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_scripts.errors import UserError, user_error
+from lora_scripts.models import gguf_header
 from lora_scripts.models.header import read_header
 
 Layout = Literal["transformers", "gguf", "chatglm"]
@@ -20,13 +21,14 @@ TAKES = (
     "For task_type: text-generation name a transformers folder (config.json, tokenizer, "
     ".safetensors), a .gguf file or a hub id"
 )
-GGUF_MAGIC = b"GGUF"
+_INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # What is fetched of a hub repository: no pickles, no weights of other programs.
 # ChatGLM's two Python files are only read, for which way its positions are scaled.
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken",
-          "modeling_chatglm.py", "tokenization_chatglm.py")  # fmt: skip
+WANTED_WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken",
+                          "modeling_chatglm.py", "tokenization_chatglm.py")  # fmt: skip
+WANTED = (*WANTED_WITHOUT_WEIGHTS, "*.safetensors")
 UNWANTED = ("original/*", "onnx/*", "consolidated*", "*.gguf")
 
 
@@ -37,7 +39,7 @@ class TextSignature:
     Attributes:
         path: The folder, or the .gguf file.
         layout: "chatglm" is the original layout of ChatGLM2, ChatGLM3 and GLM-4-9B.
-        config: config.json as it stands; empty for a .gguf file.
+        config: config.json as it stands; of a .gguf file its facts (`gguf_header`).
     """
 
     path: Path
@@ -57,8 +59,8 @@ class TextSignature:
         return bool(self.config.get("auto_map"))
 
 
-def read_text_signature(path: Path) -> TextSignature:
-    """Recognise a language model on disk.
+def read_text_signature(path: Path, *, with_weights: bool = True) -> TextSignature:
+    """Recognise a language model on disk. Without `with_weights` they need not be there.
 
     Raises:
         UserError: Nothing is there, or what is there cannot be taken; the message names what was
@@ -66,18 +68,28 @@ def read_text_signature(path: Path) -> TextSignature:
     """
     if not path.exists():
         raise user_error(str(path), f"nothing is there. {TAKES}")
-    return _of_folder(path) if path.is_dir() else _of_file(path)
+    return _of_folder(path, with_weights) if path.is_dir() else _of_file(path)
 
 
 def _of_file(path: Path) -> TextSignature:
     with path.open("rb") as file:
         magic = file.read(4)
-    if magic != GGUF_MAGIC:
+    if magic != gguf_header.MAGIC:
         raise user_error(str(path), f"this is no GGUF file{_meant(path)}. {TAKES}")
     if importlib.util.find_spec("gguf") is None:
         what = 'reading a .gguf file needs the gguf package: pip install "lora-scripts[gguf]"'
         raise user_error(str(path), what)
-    return TextSignature(path, "gguf", {})
+    facts = gguf_header.read_gguf_header(path).facts
+    kind = facts.get("general.type", "model")
+    if int(facts.get("split.count", 1)) > 1:
+        what = "this is one part of several; join them by llama.cpp's `llama-gguf-split --merge`"
+    elif kind != "model":
+        what = f"this .gguf file holds no whole model (its type is {kind!r})"
+    elif "tokenizer.ggml.tokens#" not in facts:
+        what = "this .gguf file holds no tokenizer"
+    else:
+        return TextSignature(path, "gguf", facts)
+    raise user_error(str(path), what)
 
 
 def _meant(path: Path) -> str:
@@ -88,7 +100,7 @@ def _meant(path: Path) -> str:
     return ""
 
 
-def _of_folder(path: Path) -> TextSignature:
+def _of_folder(path: Path, with_weights: bool) -> TextSignature:
     if (path / "model_index.json").is_file():
         what = "this is a diffusers folder, a model for images: set task_type: image-generation"
         raise user_error(str(path), what)
@@ -100,15 +112,16 @@ def _of_folder(path: Path) -> TextSignature:
         advice = f"; name the file: {path / ggufs[0]}" if ggufs else ""
         raise user_error(str(path), f"this folder has no config.json{advice}. {TAKES}")
     config = _read_json(path / "config.json")
-    _check_weights(path)
+    layout: Layout = "chatglm" if config.get("model_type") == "chatglm" else "transformers"
+    if with_weights:
+        _check_weights(path, layout)
     if not any((path / name).is_file() for name in _TOKENIZERS):
         what = f"there is no tokenizer (none of {', '.join(_TOKENIZERS)}); fetch the folder whole"
         raise user_error(str(path), what)
-    layout: Layout = "chatglm" if config.get("model_type") == "chatglm" else "transformers"
     return TextSignature(path, layout, config)
 
 
-def _check_weights(path: Path) -> None:
+def _check_weights(path: Path, layout: Layout) -> None:
     """Safe files only, and all of them whole."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -121,12 +134,11 @@ def _check_weights(path: Path) -> None:
             else "there are no .safetensors weights; fetch the folder whole"
         )
         raise user_error(str(path), what)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(_read_json(index).get("weight_map", {}).values())
-        missing = sorted(name for name in named if not (path / name).is_file())
-        if missing:
-            raise user_error(str(path), f"{', '.join(missing[:5])} missing; fetch the folder whole")
+    missing = _missing(path, layout)
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        what = f"there is no {', '.join(missing[:5])}{more}; fetch the folder whole"
+        raise user_error(str(path), what)
     problems = []
     for file in files:
         try:
@@ -135,6 +147,19 @@ def _check_weights(path: Path) -> None:
             problems += error.problems
     if problems:
         raise UserError(problems)
+
+
+def _missing(path: Path, layout: Layout) -> list[str]:
+    """Files of weights that should be there and are not."""
+    index = path / _INDEX
+    if index.is_file():
+        named = _read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise user_error(str(index), "there is no weight_map in it; fetch the file again")
+        return sorted({str(n) for n in named.values() if not (path / str(n)).is_file()})
+    if layout == "transformers" and not (path / "model.safetensors").is_file():
+        return [f"model.safetensors (nor {_INDEX})"]
+    return []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from lora_scripts.data.cache import file_hash
 from lora_scripts.errors import UserError, user_error
 from lora_scripts.files import replace, sync, write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ADDED_IN_2: dict[str, Any] = {"best": None, "tallies": {}, "passing": False}
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -159,8 +160,11 @@ def read_state(checkpoint: Path) -> State:
     except (OSError, ValueError) as error:
         what = f"is no usable checkpoint: {error}"
         raise user_error(str(checkpoint / "state.json"), what) from None
+    if values.get("format_version") == 1:
+        values |= {"format_version": 2, **ADDED_IN_2}
     if values.get("format_version") != FORMAT_VERSION:
-        what = f"has format_version {values.get('format_version')}; this version reads 1"
+        found = values.get("format_version")
+        what = f"has format_version {found}; this version reads 1 and {FORMAT_VERSION}"
         raise user_error(str(checkpoint / "state.json"), what)
     for name, expected in values["sha256"].items():
         path = checkpoint / name

@@ -61,7 +61,7 @@ class RunLog:
         self._started = time.monotonic()
         self._last_line = self._started
         self._first_step = first_step
-        self._first_tokens: tuple[float, float] | None = None
+        self._first_tallies: tuple[dict[str, int], float] | None = None
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -78,31 +78,39 @@ class RunLog:
         self._board.close()
 
     def step(
-        self, step: int, numbers: Mapping[str, float], group_norms: Mapping[str, float]
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        tallies: Mapping[str, int],
+        group_norms: Mapping[str, float],
     ) -> None:
-        """One optimizer step: `numbers` into every place, `group_norms` into TensorBoard."""
-        self._write({"step": step, **numbers})
+        """One optimizer step: `numbers` into every place, `group_norms` into TensorBoard.
+
+        `tallies` are counts since the start of the run (tokens, say); their rates are shown.
+        """
+        self._write({"step": step, **numbers, **tallies})
         for name in ("loss", "learning_rate", "grad_norm"):
             self._board.add_scalar(f"train/{name}", numbers[name], step)
         for name, norm in group_norms.items():
             self._board.add_scalar(f"grad_norm/{name}", norm, step)
         rate = (step - self._first_step) / max(1e-9, time.monotonic() - self._started)
         shown = f"loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.1e}  {rate:.2f} it/s"
-        if "tokens" in numbers:
-            shown += self._token_rate(numbers["tokens"])
+        shown += self._rates(tallies)
         self._bar.update(self._task, completed=step, numbers=shown)
         if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             left = (self._total_steps - step) / rate
             logger.info("step %d/%d  %s  %.0f s left", step, self._total_steps, shown, left)
             self._last_line = time.monotonic()
 
-    def _token_rate(self, tokens: float) -> str:
-        """Tokens a second since the first step that was seen here."""
-        if self._first_tokens is None:
-            self._first_tokens = (tokens, time.monotonic())
+    def _rates(self, tallies: Mapping[str, int]) -> str:
+        """What is counted a second, since the first step that was seen here."""
+        if self._first_tallies is None:
+            self._first_tallies = (dict(tallies), time.monotonic())
             return ""
-        before, then = self._first_tokens
-        return f"  {(tokens - before) / (time.monotonic() - then):.0f} tokens/s"
+        before, then = self._first_tallies
+        seconds = time.monotonic() - then
+        rates = {name: (count - before.get(name, 0)) / seconds for name, count in tallies.items()}
+        return "".join(f"  {rate:.0f} {name}/s" for name, rate in rates.items())
 
     def evaluation(self, step: int, eval_loss: float) -> None:
         """One held-out measurement."""

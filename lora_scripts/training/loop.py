@@ -165,10 +165,9 @@ def train(
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": float(norm),
                 "samples": position.samples,
-                **tallies,
             }
             refuse_nonfinite(numbers, position.step, step, scaler)
-            log.step(position.step, numbers, norms)
+            log.step(position.step, numbers, tallies, norms)
             if position.step % config.histogram_steps == 0:
                 log.histograms(position.step, gradients)
             optimizer.zero_grad(set_to_none=True)

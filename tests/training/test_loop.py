@@ -372,3 +372,30 @@ def test_the_learning_of_a_run_is_seen_in_tensorboard(
     histograms = board.Tags()["histograms"]
     assert len(histograms) == len([k for k in weights(output) if not k.endswith("alpha")])
     assert len(list((output / "samples").glob("*.png"))) == 6
+
+
+def test_a_checkpoint_of_the_first_format_goes_on(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"save_dtype": "fp32"}
+    _, whole = runs.run(sd_folder, pictures, tmp_path / "whole", epochs=4, **options)
+    _, parts = runs.run(sd_folder, pictures, tmp_path / "parts", epochs=2, **options)
+    path = parts / "checkpoints" / "step-000006" / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("best", "tallies", "passing"):
+        del state[key]
+    path.write_text(json.dumps(state | {"format_version": 1}), encoding="utf-8")
+    runs.run(sd_folder, pictures, tmp_path / "parts", epochs=4, **options)
+    a, b = weights(whole), weights(parts)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    _, output = runs.run(sd_folder, pictures, tmp_path)
+    path = output / "checkpoints" / "step-000006" / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(state | {"format_version": 9}), encoding="utf-8")
+    with pytest.raises(UserError, match="has format_version 9; this version reads 1 and 2"):
+        runs.run(sd_folder, pictures, tmp_path, epochs=3)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gguf import TensorNameMap
     from transformers import PretrainedConfig
 
-INSTALL = 'pip install "lora-scripts[gguf]"'
+INSTALL = "pip install gguf"
 DTYPES = (torch.float32, torch.float16)
 
 

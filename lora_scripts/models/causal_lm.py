@@ -206,7 +206,7 @@ def check_quantization(quantization: str | None, compute: Compute) -> None:
         what = f"but this run is on a {compute.device.type}; it needs an NVIDIA card: leave it out"
         raise user_error("quantization", found + what)
     if importlib.util.find_spec("bitsandbytes") is None:
-        what = 'which needs bitsandbytes: pip install "lora-scripts[quantization]"'
+        what = "which needs bitsandbytes: pip install bitsandbytes"
         raise user_error("quantization", found + what)
 
 

@@ -77,7 +77,7 @@ def _of_file(path: Path) -> TextSignature:
     if magic != gguf_header.MAGIC:
         raise user_error(str(path), f"this is no GGUF file{_meant(path)}. {TAKES}")
     if importlib.util.find_spec("gguf") is None:
-        what = 'reading a .gguf file needs the gguf package: pip install "lora-scripts[gguf]"'
+        what = "reading a .gguf file needs the gguf package: pip install gguf"
         raise user_error(str(path), what)
     facts = gguf_header.read_gguf_header(path).facts
     kind = facts.get("general.type", "model")

@@ -897,9 +897,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     _, said = read(tmp_path, b"PAR1", "d.parquet")
-    assert said == (
-        'error d.parquet: Parquet files need pyarrow: pip install "lora-scripts[parquet]"'
-    )
+    assert said == ("error d.parquet: Parquet files need pyarrow: pip install pyarrow")
 
 
 def test_parquet_faults(tmp_path: Path) -> None:

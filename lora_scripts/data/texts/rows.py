@@ -239,7 +239,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row | Problem]:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
     except ImportError:
-        what = 'Parquet files need pyarrow: pip install "lora-scripts[parquet]"'
+        what = "Parquet files need pyarrow: pip install pyarrow"
         raise Refused(what) from None
     try:
         with parquet.ParquetFile(path) as file:

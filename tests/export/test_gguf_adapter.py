@@ -410,5 +410,5 @@ def test_without_gguf_the_error_says_what_to_install(
 
     config = toy("llama").config
     monkeypatch.setattr(builtins, "__import__", without_gguf)
-    with pytest.raises(UserError, match=r'pip install "lora-scripts\[gguf\]"'):
+    with pytest.raises(UserError, match=r"pip install gguf"):
         gguf_adapter.write(tmp_path / "x.gguf", [], config, dtype=torch.float32, name="toy")

@@ -1,16 +1,16 @@
-"""Finished text LoRAs as they are named on the command line, and the base that they belong to."""
+"""Finished LoRAs as they are named on the command line; of those for texts, what they belong to."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.run_files import ADAPTER_NAME, CHECKPOINTS, DIFFUSERS_NAME
+from lora_scripts.models.json_file import read_json
+from lora_scripts.run_files import ADAPTER_NAME, CHECKPOINTS, DIFFUSERS_NAME, SYSTEM_PROMPT
 
 if TYPE_CHECKING:
     from lora_scripts.models.text_signature import TextSignature
@@ -21,7 +21,7 @@ BASE_KEY = "base_model_name_or_path"  # PEFT's name for it in adapter_config.jso
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT directory and its strength (1.0: as trained)."""
+    """A LoRA's file or folder, and its strength (1.0: as trained)."""
 
     path: Path
     scale: float
@@ -82,10 +82,24 @@ def tokenizer_folder(adapters: Sequence[Adapter]) -> Path | None:
     return next((path for path in folders if (path / "tokenizer_config.json").is_file()), None)
 
 
+def system_prompt(adapters: Sequence[Adapter]) -> str | None:
+    """The system message that the first adapter was trained with, if it was with one."""
+    from safetensors import safe_open
+
+    for adapter in adapters:
+        with safe_open(adapter.path / ADAPTER_NAME, framework="np") as stored:
+            said = (stored.metadata() or {}).get(SYSTEM_PROMPT)
+        if said:
+            return str(said)
+    return None
+
+
 def _base_of(adapters: Sequence[Adapter]) -> str:
     if not adapters:
         raise user_error("--base", "name the base model: hub id, folder or .gguf file")
-    bases = {adapter.path: _config(adapter.path).get(BASE_KEY) for adapter in adapters}
+    bases = {
+        adapter.path: read_json(adapter.path / CONFIG_NAME).get(BASE_KEY) for adapter in adapters
+    }
     silent = [str(path) for path, base in bases.items() if not isinstance(base, str) or not base]
     if silent:
         raise user_error("--base", f"{silent[0]} does not say which base model it is for; name it")
@@ -93,11 +107,6 @@ def _base_of(adapters: Sequence[Adapter]) -> str:
         each = ", ".join(f"{path} on {base}" for path, base in bases.items())
         raise user_error("--base", f"the LoRAs name different base models ({each}); name one")
     return str(bases.popitem()[1])
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    return content
 
 
 def _trouble(path: Path) -> str | None:
@@ -112,7 +121,7 @@ def _trouble(path: Path) -> str | None:
         return "must be the folder of a finished run; there is no such folder here"
     missing = [name for name in (CONFIG_NAME, ADAPTER_NAME) if not (path / name).is_file()]
     if not missing:
-        return _unreadable(path)
+        return _unreadable(path / CONFIG_NAME)
     if (path / DIFFUSERS_NAME).is_file():
         return "this is a LoRA for pictures; see what it draws by `lora-scripts sample`"
     if checkpoints := checkpoint.listed(path / CHECKPOINTS):
@@ -122,7 +131,7 @@ def _trouble(path: Path) -> str | None:
 
 def _unreadable(path: Path) -> str | None:
     try:
-        content = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        return f"its {CONFIG_NAME} cannot be read as JSON ({error})"
-    return None if isinstance(content, dict) else f"its {CONFIG_NAME} should hold one JSON object"
+        read_json(path)
+    except UserError as error:
+        return f"its {path.name}: {error.problems[0].what}"
+    return None

@@ -55,8 +55,13 @@ def run(request: ChatRequest) -> None:
         logger.warning("The LoRA has no tokenizer with it; the base's chat template is used")
     if request.loras:
         model = lora.with_adapters(model, [(each.path, each.scale) for each in request.loras])
-    chat = ChatFormat(tokenizer, None, request.system_prompt)
+    system_prompt = request.system_prompt
+    if system_prompt is None:
+        system_prompt = adapters.system_prompt(request.loras)
+    chat = ChatFormat(tokenizer, None, system_prompt or None)
     logger.info("%s", _partners(base, request.loras))
+    if system_prompt:
+        logger.info("System message: %s", system_prompt)
     messages: list[dict[str, Any]] = []
     for number, prompt in enumerate(_prompts(request)):
         if prompt == "/reset":

@@ -46,7 +46,7 @@ def run(path: Path, overrides: Sequence[str], row: int) -> None:
             _show_picture(config, rows[row - 1][0], row)
         case TextConfig() as config:
             tokenizer, format = _format(config)
-            _say_ready(path, _encode_all(rows, tokenizer, format, config))
+            _say_ready(path, _encode_all(rows, format, config))
             _show_text(config, tokenizer, format, rows[row - 1][0], row)
 
 
@@ -73,7 +73,7 @@ def _show_picture(config: ImageConfig, record: Record, row: int) -> None:
 
 
 def _format(config: TextConfig) -> tuple[Any, ChatFormat]:
-    """The tokenizer and the template; says of them what is to be known."""
+    """The tokenizer and the template."""
     from lora_scripts.data.chat import ChatFormat
     from lora_scripts.logs import quiet_libraries
     from lora_scripts.models import causal_lm, hub
@@ -92,36 +92,20 @@ def _format(config: TextConfig) -> tuple[Any, ChatFormat]:
     tokenizer = causal_lm.load_tokenizer(found, trust_remote_code=config.trust_remote_code)
     format = ChatFormat(tokenizer, config.chat_template, config.system_prompt)
     logger.info("Chat template: %s", format.name)
-    for note in format.notes:
-        logger.warning("%s", note)
-    if format.unseen_system:
-        logger.warning(
-            "The template puts a system message before conversations without one: %r. It is "
-            "learned with; system_prompt replaces it.",
-            format.unseen_system,
-        )
     return tokenizer, format
 
 
-def _encode_all(
-    rows: Sequence[tuple[Any, Any]], tokenizer: Any, format: ChatFormat, config: TextConfig
-) -> str:
+def _encode_all(rows: Sequence[tuple[Any, Any]], format: ChatFormat, config: TextConfig) -> str:
     """Tokenise all rows into the cache, where the training will find them. What came of it.
 
     Raises:
         UserError: naming every row that the template refuses or of which nothing is learned.
     """
-    from lora_scripts.data import cache, text
+    from lora_scripts.data import text
 
-    tokenizer_id = cache.key_of(tokenizer.backend_tokenizer.to_str())
-    encoding = text.encode(rows, format, tokenizer_id, config, lambda done, total: None)
-    cut_rows, cut_tokens = encoding.cut
-    if cut_rows:
-        logger.warning(
-            "%d of %d rows are longer than max_seq_length %d: %d tokens at their ends are cut off "
-            "and not learned",
-            cut_rows, len(rows), config.max_seq_length, cut_tokens,
-        )  # fmt: skip
+    encoding = text.encode(rows, format, config, lambda done, total: None)
+    for remark in text.remarks(format, encoding, config):
+        logger.warning("%s", remark)
     lengths, learned = encoding.lengths(), int(encoding.learned.sum())
     return (
         f"{_number(len(rows), 'row')} in {_number(len(encoding), 'sample')}, "

@@ -68,12 +68,13 @@ def sample(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Draw prompts with a base model and with LoRAs beside it, as one labelled picture."""
+    from lora_scripts import adapters
     from lora_scripts import sample as sampling
 
     request = sampling.SampleRequest(
         base=base,
         prompts=prompt,
-        loras=[sampling.parse_lora(text) for text in lora or ()],
+        loras=[adapters.parse(text) for text in lora or ()],
         output=output,
         negative_prompt=negative_prompt,
         seed=seed,
@@ -113,7 +114,10 @@ def chat(
         list[str] | None,
         typer.Option(help="Say this instead of asking; may be given several times."),
     ] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(help='The system message; default: what the LoRA was trained with. "": none.'),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Cut answers off there.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 42,

@@ -208,6 +208,7 @@ def _write_gguf(adapter: Adapter, base: str, found: TextSignature, output: Path)
             base=str(found.path.resolve()),
             adapter=output.name,
             stops=_stops(tokenizer),
+            system=adapters.system_prompt([adapter]),
         )
     except UserError as error:
         logger.warning("No Modelfile for Ollama: %s", error)

@@ -20,7 +20,7 @@ from lora_scripts.schema import Config, ImageConfig, TextConfig
 
 if TYPE_CHECKING:  # heavy imports happen in `run`, after the config has been checked
     from lora_scripts.device import Compute
-    from lora_scripts.export.finished import Export
+    from lora_scripts.export.protocol import Export
     from lora_scripts.run_folder import Start
     from lora_scripts.tasks.diffusion import DiffusionTask
     from lora_scripts.tasks.language import LanguageTask

@@ -8,6 +8,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "adapter_model.safetensors"
+SYSTEM_PROMPT = "lora_scripts.system_prompt"  # key in the header of ADAPTER_NAME
 TEXT_NAMES = (
     ADAPTER_NAME,
     "adapter_config.json",

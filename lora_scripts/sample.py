@@ -10,18 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from lora_scripts import grid
+from lora_scripts.adapters import Adapter
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.run_files import DIFFUSERS_NAME
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file, or a run's folder, and its strength (1.0: as trained)."""
-
-    path: Path
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class SampleRequest:
 
     base: str
     prompts: Sequence[str]
-    loras: Sequence[Lora]
+    loras: Sequence[Adapter]
     output: Path
     negative_prompt: str
     seed: int
@@ -39,15 +32,6 @@ class SampleRequest:
     width: int | None
     height: int | None
     device: str
-
-
-def parse_lora(text: str) -> Lora:
-    """`PATH` or `PATH:SCALE`; a Windows drive's colon is no scale."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        return Lora(Path(path), float(scale)) if colon and path else Lora(Path(text), 1.0)
-    except ValueError:
-        return Lora(Path(text), 1.0)
 
 
 def run(request: SampleRequest) -> Path:

@@ -35,32 +35,44 @@ GGUF_NAMES = {
 def save_gguf(path: Path, file_type: str = "ALL_F32") -> Path:
     """A LLaMA with its tokenizer and chat template as one .gguf file, of this llama.cpp type."""
     model = text_toys.model("llama", intermediate_size=64)
-    config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(gguf.LlamaFileType[file_type])
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+    add_facts(writer, model)
     _add_tokenizer(writer, text_toys.chatml_tokenizer())
     kind = gguf.GGMLQuantizationType[file_type.removeprefix("MOSTLY_").removeprefix("ALL_")]
     for name, parameter in model.named_parameters():
         weight = _in_ggufs_order(name, parameter.data, model)
         kept = gguf.GGMLQuantizationType.F32 if parameter.ndim == 1 else kind
         writer.add_tensor(_gguf_name(name), quantize(weight.numpy(), kept), raw_dtype=kept)
+    finish(writer)
+    return path
+
+
+def add_facts(writer: gguf.GGUFWriter, model: nn.Module) -> None:
+    """The keys of a dense decoder that readers of GGUF need."""
+    config: Any = model.config
+    layers: Any = model.get_submodule("model.layers")
+    head_dim = layers[0].self_attn.head_dim
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write everything that was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:

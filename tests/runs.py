@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lora_scripts import pipeline
 from lora_scripts.config import read
@@ -14,6 +19,7 @@ from lora_scripts.schema import Config
 from lora_scripts.tasks import build
 from lora_scripts.tasks.diffusion import DiffusionTask
 from lora_scripts.tasks.language import LanguageTask
+from lora_scripts.tasks.task import Batch, Key, Loss
 from tests import toys
 
 
@@ -55,44 +61,45 @@ def text_values(base: Path, data: Path, folder: Path, **changes: Any) -> dict[st
     }
 
 
-def run_text(base: Path, data: Path, folder: Path, **changes: Any) -> tuple[int, Path]:
-    """A whole run on text. Returns the exit code and the output folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = toys.write_config(folder / "run.yaml", **text_values(base, data, folder, **changes))
-    return pipeline.run(path), folder / "output" / "toy"
-
-
-def text_task(
-    base: Path, data: Path, folder: Path, **changes: Any
-) -> tuple[LanguageTask, Config, Compute]:
-    """A text task as the pipeline builds it: tokenised, with its LoRA attached."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = toys.write_config(folder / "task.yaml", **text_values(base, data, folder, **changes))
-    built, config, compute = _build(path)
-    assert isinstance(built, LanguageTask)
-    return built, config, compute
-
-
 def run(base: Path, data: Path, folder: Path, **changes: Any) -> tuple[int, Path]:
-    """A whole run. Returns the exit code and the output folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = toys.write_config(folder / "run.yaml", **values(base, data, folder, **changes))
-    return pipeline.run(path), folder / "output" / "toy"
+    """A whole run on pictures. Returns the exit code and the output folder."""
+    return _run(folder, values(base, data, folder, **changes))
+
+
+def run_text(base: Path, data: Path, folder: Path, **changes: Any) -> tuple[int, Path]:
+    """A whole run on texts. Returns the exit code and the output folder."""
+    return _run(folder, text_values(base, data, folder, **changes))
 
 
 def task(
     base: Path, data: Path, folder: Path, **changes: Any
 ) -> tuple[DiffusionTask, Config, Compute]:
-    """A task as the pipeline builds it: encoded, with its LoRA attached."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = toys.write_config(folder / "task.yaml", **values(base, data, folder, **changes))
-    built, config, compute = _build(path)
+    """A task on pictures as the pipeline builds it: encoded, with its LoRA attached."""
+    built, config, compute = _build(folder, values(base, data, folder, **changes))
     assert isinstance(built, DiffusionTask)
     return built, config, compute
 
 
-def _build(path: Path) -> tuple[DiffusionTask | LanguageTask, Config, Compute]:
-    draft = read(path)
+def text_task(
+    base: Path, data: Path, folder: Path, **changes: Any
+) -> tuple[LanguageTask, Config, Compute]:
+    """A task on texts as the pipeline builds it: tokenised, with its LoRA attached."""
+    built, config, compute = _build(folder, text_values(base, data, folder, **changes))
+    assert isinstance(built, LanguageTask)
+    return built, config, compute
+
+
+def _run(folder: Path, values: dict[str, Any]) -> tuple[int, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = toys.write_config(folder / "run.yaml", **values)
+    return pipeline.run(path), folder / "output" / "toy"
+
+
+def _build(
+    folder: Path, values: dict[str, Any]
+) -> tuple[DiffusionTask | LanguageTask, Config, Compute]:
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = read(toys.write_config(folder / "task.yaml", **values))
     rows, _ = inputs(draft)
     config = draft.checked()
     compute = choose(config.device, config.mixed_precision)
@@ -100,6 +107,26 @@ def _build(path: Path) -> tuple[DiffusionTask | LanguageTask, Config, Compute]:
     built.encode(lambda what, done, total: None)
     built.attach()
     return built, config, compute
+
+
+@contextmanager
+def terminated(kind: type[DiffusionTask] | type[LanguageTask], loss: int) -> Iterator[None]:
+    """Within this context SIGTERM comes in the middle of training, at the loss of this number."""
+    original: Any = kind.loss
+    calls = 0
+
+    def interrupted(task: Any, batch: Batch, key: Key) -> Loss:
+        nonlocal calls
+        calls += key.split == "train"
+        if calls == loss:
+            signal.raise_signal(signal.SIGTERM)
+            calls += 1
+        found: Loss = original(task, batch, key)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "loss", interrupted)
+        yield
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

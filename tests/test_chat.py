@@ -193,6 +193,18 @@ def test_the_system_prompt_is_put_first(
     assert found == f"> And?\n{expected}\n"
 
 
+def test_the_system_message_of_the_training_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = text_toys.save_model(tmp_path / "base")
+    loras = [Adapter(train(tmp_path, base, system_prompt="天气"), 1.0)]
+    with caplog.at_level("INFO", logger="lora_scripts"):
+        found = ask(capsys, loras, ["And?"])
+    assert "System message: 天气" in caplog.text
+    assert found == ask(capsys, loras, ["And?"], system_prompt="天气")
+    assert found != ask(capsys, loras, ["And?"], system_prompt="")
+
+
 # --- as it is typed -------------------------------------------------------------------------------
 
 

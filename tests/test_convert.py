@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_scripts import convert, pipeline
+from lora_scripts import adapters, convert, pipeline
 from lora_scripts.adapters import Adapter
 from lora_scripts.convert import ConvertRequest, Form
 from lora_scripts.device import Compute
@@ -119,7 +120,7 @@ def test_the_metadata_says_what_the_gguf_was(tmp_path: Path) -> None:
     assert metadata["lora_scripts.base_layout"] == "gguf"
     assert metadata["lora_scripts.base_model_type"] == "llama"
     assert metadata["lora_scripts.base_quantization"] == "Q8_0"
-    assert metadata["lora_scripts.base_model_hash"] == load(base).base_id
+    assert metadata["lora_scripts.base_model_hash"] == hashlib.sha256(base.read_bytes()).hexdigest()
 
 
 def test_a_transformers_folder_needs_no_conversion(llama: tuple[Path, Path]) -> None:
@@ -270,6 +271,17 @@ def test_a_gguf_adapter_and_a_modelfile(
     assert len(refusal("gguf", output, output=tmp_path / "mine.gguf").splitlines()) == 2
     assert "Modelfile: is there" in refusal("gguf", output, output=tmp_path / "other.gguf")
     assert "must be the name of a .gguf file" in refusal("gguf", output, output=tmp_path / "x/y")
+
+
+def test_the_system_message_of_the_training_goes_with_the_lora(tmp_path: Path) -> None:
+    base = BASES["llama"](tmp_path)
+    output = train(tmp_path, base, epochs=1, system_prompt='You answer "letters".')
+    assert adapters.system_prompt([Adapter(output, 1.0)]) == 'You answer "letters".'
+    write("gguf", output, output=tmp_path / "mine.gguf")
+    modelfile = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    assert 'SYSTEM """You answer "letters"."""' in modelfile
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert 'Trained with the system message: `You answer "letters".`' in card
 
 
 def test_a_gguf_base_is_named_by_its_whole_path(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from PIL import Image
 
 from lora_scripts import grid
-from lora_scripts.sample import Lora, parse_lora
 
 
 def test_pictures_stand_in_their_cells() -> None:
@@ -17,10 +16,3 @@ def test_pictures_stand_in_their_cells() -> None:
         area = sum(count for count, value in sheet.getcolors(10**6) if value == colour)
         assert area == expected * 192 * 192
     assert sheet.width == 2 * 192 + 3 * grid.MARGIN
-
-
-def test_a_path_with_a_scale() -> None:
-    assert parse_lora("output/x:0.8") == Lora(parse_lora("output/x").path, 0.8)
-    assert parse_lora("x.safetensors").scale == 1.0
-    assert parse_lora("C:\\loras\\x.safetensors").scale == 1.0
-    assert str(parse_lora("C:\\loras\\x.safetensors:-0.5").path) == "C:\\loras\\x.safetensors"

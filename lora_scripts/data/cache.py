@@ -66,12 +66,6 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(repr((CACHE_VERSION, *parts)).encode("utf-8")).hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def fill(
     cache: Cache,
     keys: Iterable[str],

@@ -9,6 +9,7 @@ it was written. Nothing depends on the padding token or on marks in the template
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ class ChatFormat:
     Attributes:
         name: of the template, for the log.
         template: what is saved beside the adapter as the tokenizer's chat template.
+        tokenizer_id: a content hash: same id, same tokens.
         stop_ids: the tokens at which an answer ends: those that end a turn, then end-of-text.
         unseen_system: the system text that the template adds where a conversation has none
             (Qwen2.5, SmolLM2); None where it adds none, or `system_prompt` takes its place.
@@ -90,6 +92,8 @@ class ChatFormat:
         self.stop_ids: tuple[int, ...] = tuple(ids)
         self.unseen_system = None if system_prompt else default_system(self._template)
         self.notes = tuple(self._try_border())
+        described = tokenizer.backend_tokenizer.to_str()
+        self.tokenizer_id = hashlib.sha256(described.encode("utf-8")).hexdigest()
 
     def render(
         self,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from lora_scripts.data import buckets, captions, pixels, records, validate
-from lora_scripts.data.cache import file_hash
 from lora_scripts.errors import Problem, UserError
+from lora_scripts.files import file_hash
 from lora_scripts.randomness import numpy_generator, seed_of
 from lora_scripts.schema import ImageConfig, ImageDataset
 

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from lora_scripts.data import cache
 from lora_scripts.data.chat import ChatFormat, Encoded
 from lora_scripts.data.conversations import TextRecord
-from lora_scripts.errors import Problem, UserError
+from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.randomness import numpy_generator, seed_of
 from lora_scripts.schema import TextConfig, TextDataset
 
 GROUPED_BATCHES = 32  # of so many batches the rows are sorted by length, where they are padded
+MEASURED_TRAINING_SAMPLES = 32  # when nothing is held out
 MOST_PROBLEMS = 50  # of the rows; then the rest is not looked at
 Row = tuple[TextRecord, TextDataset]
 
@@ -62,10 +63,62 @@ class Encoding:
         return ids.long(), supervised.bool()
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """The samples of a run: what is learned from and what is measured.
+
+    `held_out`: what is measured is not learned from.
+    """
+
+    encoding: Encoding
+    train: SampleSet
+    validation: SampleSet
+    held_out: bool
+
+
+def deal(
+    rows: Sequence[Row],
+    format: ChatFormat,
+    config: TextConfig,
+    progress: Callable[[int, int], None],
+) -> Dealt:
+    """Tokenise the rows and split them. With nothing held out, some training samples are measured.
+
+    Raises:
+        UserError: naming every row of which nothing would be learned.
+    """
+    encoding = encode(rows, format, config, progress)
+    train, validation = split(encoding, rows, config)
+    if not len(train.samples):
+        raise user_error("train_data_dir", "nothing is left to learn from after the split")
+    if len(validation.samples):
+        return Dealt(encoding, train, validation, held_out=True)
+    measured = train.samples[:MEASURED_TRAINING_SAMPLES]
+    return Dealt(encoding, train, SampleSet(measured, np.ones(len(measured))), held_out=False)
+
+
+def remarks(format: ChatFormat, encoding: Encoding, config: TextConfig) -> list[str]:
+    """What a person should know of how the rows became tokens."""
+    said = list(format.notes)
+    if format.unseen_system:
+        said.append(
+            "The template puts a system message before conversations without one: "
+            f"{format.unseen_system!r}. It is seen in training, too; system_prompt replaces it."
+        )
+    cut_rows, cut_tokens = encoding.cut
+    if cut_rows:
+        count = int(encoding.rows[-1]) + 1  # every row has a sample
+        said.append(
+            f"{cut_rows:,} of {count:,} rows are longer than max_seq_length "
+            f"{config.max_seq_length}: {cut_tokens:,} tokens at their ends are cut off and not "
+            "learned"
+        )
+    return said
+
+
 def encode(
     rows: Sequence[Row],
     format: ChatFormat,
-    tokenizer_id: str,
     config: TextConfig,
     progress: Callable[[int, int], None],
 ) -> Encoding:
@@ -77,7 +130,7 @@ def encode(
     store = cache.Cache(config.cache_dir, "tokens")
     key = cache.key_of(
         [content_of(record) for record, _ in rows],
-        (tokenizer_id, format.template, config.system_prompt),
+        (format.tokenizer_id, format.template, config.system_prompt),
         (config.train_on, config.max_seq_length, config.stride),
     )
     if store.missing([key]):

@@ -1,8 +1,8 @@
-"""Image LoRA files: written, read back, checked; their metadata.
+"""LoRA files: written, read back, checked.
 
-One layout serves diffusers, AUTOMATIC1111 and ComfyUI. It stands under two names, with the same
-bytes: `pytorch_lora_weights.safetensors`, which diffusers looks for, and `NAME.safetensors`, the
-name typed in a prompt, `<lora:NAME:0.8>`.
+For images one layout serves diffusers, AUTOMATIC1111 and ComfyUI. It stands under two names, with
+the same bytes: `pytorch_lora_weights.safetensors`, which diffusers looks for, and
+`NAME.safetensors`, the name typed in a prompt, `<lora:NAME:0.8>`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,23 @@ def write_lora(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write one LoRA file atomically, then read it back and compare every tensor.
+    """Write one LoRA file in the WebUI's layout; see `write_tensors`."""
+    write_tensors(path, keys.webui(adapters, name, dtype), metadata)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a .safetensors file atomically, then read it back and compare every tensor.
 
     Raises:
-        WorkError: if a value does not fit `dtype` or the file does not hold what was written.
+        WorkError: if a value does not fit its dtype or the file does not hold what was written.
     """
-    tensors = keys.webui(adapters, name, dtype)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise WorkError(f"{path}: {key} holds values that are not finite in {dtype}")
+            raise WorkError(f"{path}: {key} holds values that are not finite in {tensor.dtype}")
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, temporary, metadata={**metadata, "format": "pt"})
+    save_file(dict(tensors), temporary, metadata={**metadata, "format": "pt"})
     sync(temporary)
     replace(temporary, path)
     verify(path, tensors)

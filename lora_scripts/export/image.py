@@ -15,7 +15,7 @@ import torch
 from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError
 from lora_scripts.export import files
-from lora_scripts.export.finished import Finished
+from lora_scripts.export.protocol import Finished
 from lora_scripts.models import lora
 from lora_scripts.models.family import ImageFamily
 from lora_scripts.schema import ImageConfig

@@ -7,18 +7,15 @@ its logits must be the trained model's.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError
 from lora_scripts.export import files
-from lora_scripts.export.finished import Finished
-from lora_scripts.files import replace, sync
+from lora_scripts.export.protocol import Finished
 from lora_scripts.models import causal_lm, lora, packing
 from lora_scripts.run_files import ADAPTER_NAME
 from lora_scripts.schema import TextConfig
@@ -36,7 +33,7 @@ model = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(model, "{folder}")
 ```
 {note}
-Talk to it: `lora-scripts chat {arguments}`. One model without PEFT:
+Talk to it: `lora-scripts chat --lora {folder}`. One model without PEFT:
 `lora-scripts export --lora {folder} --merge`. For llama.cpp and Ollama:
 `lora-scripts export --lora {folder} --format gguf`."""
 CONVERTED = """
@@ -55,6 +52,7 @@ class TextExport:
         self.config = config
         self.compute = compute
         self.began = began
+        self.is_converted = task.base.found.layout != "transformers"
 
     def checkpoint_files(self, folder: Path, position: Position) -> list[Path]:
         return self._write(folder, position)
@@ -69,14 +67,10 @@ class TextExport:
         return Finished(paths, difference, "PEFT")
 
     def card_usage(self) -> str:
-        values = {
-            "base": f'"{self._base_for_python()}"',
-            "base_model": self.config.base_model,
-            "arguments": self._chat_arguments(),
-            "folder": self.config.output_dir.as_posix(),
-        }
-        converted = self._is_converted()
-        note = CONVERTED.format(**values) if converted else ""
+        folder, base_model = self.config.output_dir.as_posix(), self.config.base_model
+        base = f"{folder}/base" if self.is_converted else base_model
+        values = {"base": f'"{base}"', "base_model": base_model, "folder": folder}
+        note = CONVERTED.format(**values) if self.is_converted else ""
         if self.config.system_prompt:
             note += f"\nTrained with the system message: `{self.config.system_prompt}`\n"
         return USAGE.format(**values, note=note)
@@ -84,46 +78,20 @@ class TextExport:
     def hints(self) -> list[str]:
         folder = self.config.output_dir
         return [
-            f"talk to it: lora-scripts chat {self._chat_arguments()}",
+            f"talk to it: lora-scripts chat --lora {folder}",
             f"in Python: PeftModel.from_pretrained(model, {str(folder)!r})",
         ]
-
-    def _chat_arguments(self) -> str:
-        system = self.config.system_prompt
-        said = f" --system-prompt {json.dumps(system, ensure_ascii=False)}" if system else ""
-        folder = self.config.output_dir.as_posix()
-        return f"--base {self.config.base_model} --lora {folder}{said}"
-
-    def _is_converted(self) -> bool:
-        path = Path(self.config.base_model).expanduser()
-        return path.exists() and build.find_text_base(self.config.base_model).layout in (
-            "gguf",
-            "chatglm",
-        )
-
-    def _base_for_python(self) -> str:
-        folder = self.config.output_dir.as_posix()
-        return f"{folder}/base" if self._is_converted() else self.config.base_model
 
     def _write(self, folder: Path, position: Position) -> list[Path]:
         """adapter_model.safetensors and adapter_config.json, the former read back and compared."""
         model = self.task.base.model
-        dtype = files.DTYPES[self.config.save_dtype]
-        tensors = lora.peft_tensors(lora.layers(model), dtype)
         path = folder / ADAPTER_NAME
-        for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise WorkError(f"{path}: {key} holds values that are not finite in {dtype}")
-        temporary = folder / f"{ADAPTER_NAME}.tmp"
-        save_file(tensors, temporary, metadata=self._metadata(position))
-        sync(temporary)
-        replace(temporary, path)
-        files.verify(path, tensors)
+        tensors = lora.peft_tensors(lora.layers(model), files.DTYPES[self.config.save_dtype])
+        files.write_tensors(path, tensors, self._metadata(position))
         return [path, lora.write_peft_config(folder, model, self.config.base_model)]
 
     def _metadata(self, position: Position) -> dict[str, str]:
         return {
-            "format": "pt",
             **self.task.metadata(),
             "lora_scripts.name": self.config.output_name,
             "lora_scripts.steps": str(position.step),

@@ -7,7 +7,8 @@ import importlib.util
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from lora_scripts.device import Compute
 from lora_scripts.errors import user_error
+from lora_scripts.files import file_hash
 from lora_scripts.models.text_signature import TextSignature
 
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -24,12 +26,24 @@ PROBE_TOKENS = 24
 
 @dataclass
 class CausalLM:
-    """A language model in memory. `facts`: where its weights came from, for the files' metadata."""
+    """A language model in memory."""
 
     model: Any  # a PreTrainedModel with a language-model head
     tokenizer: Any  # a fast PreTrainedTokenizer
-    base_id: str  # content hash of the weights' files
-    facts: Mapping[str, str] = field(default_factory=dict)
+    found: TextSignature  # where it was read from
+
+    @cached_property
+    def weights_id(self) -> str:
+        """SHA-256 of the file of weights; of several, of their hashes in the order of names."""
+        hashes = [file_hash(path) for path in self.found.weights]
+        return (
+            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        )
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What the weights are, for the files' metadata."""
+        return _facts(self.found)
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ def load(
     Raises:
         UserError: if transformers has no such model, or a file or package is missing.
     """
-    check_quantization(quantization, compute)
+    check_quantization(quantization, compute, found)
     dtype = _own_dtype(found) if own_dtype else compute.dtype
     model = _load_model(found, compute, dtype, trust_remote_code, quantization)
     model.requires_grad_(False)
@@ -64,8 +78,7 @@ def load(
     return CausalLM(
         model=model,
         tokenizer=load_tokenizer(found, trust_remote_code=trust_remote_code),
-        base_id=_hash(found.weights),
-        facts=_facts(found),
+        found=found,
     )
 
 
@@ -190,7 +203,7 @@ def _check_known(found: TextSignature, trust_remote_code: bool) -> None:
     raise user_error(str(found.path), what)
 
 
-def check_quantization(quantization: str | None, compute: Compute) -> None:
+def check_quantization(quantization: str | None, compute: Compute, base: TextSignature) -> None:
     """4 and 8 bits only where they are known to work.
 
     bitsandbytes packs the weights anew on CPUs at the first pass without gradients, after which the
@@ -202,6 +215,9 @@ def check_quantization(quantization: str | None, compute: Compute) -> None:
     if quantization is None:
         return
     found = f"found {quantization}, "
+    if base.layout != "transformers":
+        what = f"but this base is in the layout {base.layout}, which is read in full: leave it out"
+        raise user_error("quantization", found + what)
     if compute.device.type != "cuda":
         what = f"but this run is on a {compute.device.type}; it needs an NVIDIA card: leave it out"
         raise user_error("quantization", found + what)
@@ -364,14 +380,6 @@ def probe(model: Any) -> torch.Tensor:
     ids_BT = torch.randint(0, size, (1, PROBE_TOKENS), generator=generator)
     logits: torch.Tensor = model(input_ids=ids_BT.to(model.device), use_cache=False).logits[0]
     return logits.float().cpu()
-
-
-def _hash(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _facts(found: TextSignature) -> dict[str, str]:

@@ -31,6 +31,7 @@ from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.models import chatglm_tokenizer
 from lora_scripts.models.chatglm_tokenizer import Generation
 from lora_scripts.models.header import read_header
+from lora_scripts.models.json_file import read_json
 from lora_scripts.models.lora import AdaptedLayer
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def load(path: Path, dtype: torch.dtype) -> GlmForCausalLM:
     from transformers import GlmForCausalLM
     from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     files = _files(path)
     settings = convert_config(config, rope_rule(path, config), str(path / "config.json"))
     settings.dtype = dtype
@@ -215,7 +216,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         UserError: There is no whole `tokenizer.model`, it is of a kind that cannot be expressed, or
             nothing tells ChatGLM2 from ChatGLM3.
     """
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     found = generation(path, config)
     if found is None:
         raise user_error(
@@ -356,7 +357,7 @@ def _files(path: Path) -> list[Path]:
     """The .safetensors files that hold the weights."""
     index = path / _INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
     else:
         names = sorted(file.name for file in path.glob("*.safetensors"))
     if outside := [name for name in names if Path(name).name != name]:
@@ -444,16 +445,6 @@ def _rope_of(known: Generation | None) -> Rope | None:
 def _text(path: Path) -> str:
     """A text file's content, "" if there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise user_error(str(path), f"the file cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise user_error(str(path), "the file should hold one JSON object")
-    return content
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

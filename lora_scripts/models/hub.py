@@ -70,7 +70,7 @@ def fetch(hub_id: str, wanted: Sequence[str] = WANTED, unwanted: Sequence[str] =
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         what = (
             f"no such folder here, and the hub cannot be reached ({reason}). Offline, name a "
-            "folder or a .safetensors file; behind a mirror, set HF_ENDPOINT to its address"
+            "folder or file on this machine; behind a mirror, set HF_ENDPOINT to its address"
         )
     raise user_error(hub_id, what)
 

@@ -7,7 +7,6 @@ more `case` in `_signature_of_file` and in `_signature_of_pipeline`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Literal, NoReturn
 
 from lora_scripts.errors import user_error
 from lora_scripts.models.header import TensorInfo, read_header
+from lora_scripts.models.json_file import read_json
 
 Family = Literal["sd1"]
 Kind = Literal[
@@ -238,12 +238,12 @@ def _signature_of_folder(path: Path) -> Signature:
     if (path / "model_index.json").is_file():
         return _signature_of_pipeline(path)
     if (path / "adapter_config.json").is_file():
-        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise user_error(
             str(path), f"this is a PEFT adapter, not a base model; its base is {base!r}. {TAKES}"
         )
     if (path / "config.json").is_file():
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         if "_class_name" in config:
             raise user_error(
                 str(path),
@@ -258,9 +258,9 @@ def _signature_of_folder(path: Path) -> Signature:
 
 
 def _signature_of_pipeline(path: Path) -> Signature:
-    index = _read_json(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     name = str(index.get("_class_name"))
-    unet = _read_json(path / "unet" / "config.json") if (path / "unet").is_dir() else {}
+    unet = read_json(path / "unet" / "config.json") if (path / "unet").is_dir() else {}
     match _kind_of_pipeline(name, unet):
         case "sd1":
             parts = (*_PARTS, "tokenizer", "scheduler")
@@ -328,15 +328,3 @@ def _variant(path: Path) -> str | None:
     if not common:
         raise user_error(str(path), f"the parts have no variant of weights in common: {found}")
     return sorted(variant for variant in common if variant is not None)[0]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise user_error(str(path), "the file is missing; fetch the folder whole") from None
-    except ValueError as error:
-        raise user_error(str(path), f"the file cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise user_error(str(path), "the file should hold one JSON object")
-    return content

@@ -6,7 +6,6 @@ No tensor is read and no heavy library is imported, so that a wrong base model i
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from lora_scripts.errors import UserError, user_error
 from lora_scripts.models import gguf_header
 from lora_scripts.models.header import read_header
+from lora_scripts.models.json_file import read_json
 
 Layout = Literal["transformers", "gguf", "chatglm"]
 TAKES = (
@@ -105,13 +105,13 @@ def _of_folder(path: Path, with_weights: bool) -> TextSignature:
         what = "this is a diffusers folder, a model for images: set task_type: image-generation"
         raise user_error(str(path), what)
     if (path / "adapter_config.json").is_file():
-        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise user_error(str(path), f"this is a LoRA, not a base model; its base is {base!r}")
     if not (path / "config.json").is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         advice = f"; name the file: {path / ggufs[0]}" if ggufs else ""
         raise user_error(str(path), f"this folder has no config.json{advice}. {TAKES}")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     layout: Layout = "chatglm" if config.get("model_type") == "chatglm" else "transformers"
     if with_weights:
         _check_weights(path, layout)
@@ -153,20 +153,10 @@ def _missing(path: Path, layout: Layout) -> list[str]:
     """Files of weights that should be there and are not."""
     index = path / _INDEX
     if index.is_file():
-        named = _read_json(index).get("weight_map")
+        named = read_json(index).get("weight_map")
         if not isinstance(named, dict):
             raise user_error(str(index), "there is no weight_map in it; fetch the file again")
         return sorted({str(n) for n in named.values() if not (path / str(n)).is_file()})
     if layout == "transformers" and not (path / "model.safetensors").is_file():
         return [f"model.safetensors (nor {_INDEX})"]
     return []
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise user_error(str(path), f"the file cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise user_error(str(path), "the file should hold one JSON object")
-    return content

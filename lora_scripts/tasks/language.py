@@ -16,16 +16,15 @@ from torch.nn import functional
 
 from lora_scripts.data import cache, text
 from lora_scripts.data.chat import ChatFormat
-from lora_scripts.errors import user_error
 from lora_scripts.models import causal_lm, lora, packing
 from lora_scripts.models.causal_lm import CausalLM
 from lora_scripts.randomness import seed_of
+from lora_scripts.run_files import SYSTEM_PROMPT
 from lora_scripts.schema import TextConfig, TextPrompt
 from lora_scripts.tasks.task import Batch, Indices, Key, Loss
 
 logger = logging.getLogger(__name__)
 
-MEASURED_TRAINING_ROWS = 32  # when nothing is held out
 FEW_STEPS = 30
 
 Progress = Callable[[str, int, int], None]
@@ -40,46 +39,47 @@ class LanguageTask:
         self.rows = rows
         self.format = ChatFormat(base.tokenizer, config.chat_template, config.system_prompt)
         self.targets = causal_lm.targets(base.model, config.target_modules)
-        self.tokenizer_id = cache.key_of(base.tokenizer.backend_tokenizer.to_str())
         contents = [(text.content_of(record), data.weight, data.role) for record, data in rows]
         self.fingerprint: Mapping[str, str] = {
-            "data": cache.key_of(contents, self.tokenizer_id, self.format.template),
-            "base_model": base.base_id,
+            "data": cache.key_of(contents, self.format.tokenizer_id, self.format.template),
+            "base_model": base.weights_id,
         }
         self.own_attention: str = base.model.config._attn_implementation
         self.packed = config.packing and self._may_pack()
-        self.encoding: text.Encoding | None = None
+        self._dealt: text.Dealt | None = None
 
     @property
     def adapted(self) -> Mapping[str, nn.Module]:
         return {"model": self.base.model}
 
     @property
+    def data(self) -> text.Dealt:
+        """The samples, once `encode` has made them."""
+        assert self._dealt is not None, "encode() comes first"
+        return self._dealt
+
+    @property
     def items(self) -> int:
         """How many different samples are learned from."""
-        return len(self._train.samples)
+        return len(self.data.train.samples)
 
     @property
     def held_out(self) -> bool:
-        return self._is_held_out
+        return self.data.held_out
 
     def encode(self, progress: Progress) -> None:
         """Tokenise the rows that are not in the cache yet, and split them."""
-        self.encoding = text.encode(
+        self._dealt = text.deal(
             self.rows,
             self.format,
-            self.tokenizer_id,
             self.config,
             lambda done, total: progress("rows", done, total),
         )
-        self._train, self._validation = text.split(self.encoding, self.rows, self.config)
-        self._is_held_out = len(self._validation.samples) > 0
-        if not len(self._train.samples):
-            raise user_error("train_data_dir", "nothing is left to learn from after the split")
-        if not self._is_held_out:
-            measured = self._train.samples[:MEASURED_TRAINING_ROWS]
-            self._validation = text.SampleSet(measured, np.ones(len(measured)))
-        self._tell()
+        logger.info("Chat template: %s", self.format.name)
+        for remark in text.remarks(self.format, self.data.encoding, self.config):
+            logger.warning("%s", remark)
+        if self.targets.skipped:
+            logger.warning("No adapter on: %s", "; ".join(self.targets.skipped))
 
     def attach(self) -> None:
         """Freeze the model and put the LoRA on it."""
@@ -96,15 +96,15 @@ class LanguageTask:
 
     def plan(self, key: Key) -> Sequence[Indices]:
         if key.split == "validation":
-            views = self._validation.samples
+            views = self.data.validation.samples
         else:
-            views = self._train.views(key.seed, key.split, "order", epoch=key.epoch)
-        lengths = None if self.packed else self._encoded.lengths()
+            views = self.data.train.views(key.seed, key.split, "order", epoch=key.epoch)
+        lengths = None if self.packed else self.data.encoding.lengths()
         parts = (key.seed, key.split, "batches", key.epoch)
         return text.batches(views, self.config.batch_size, lengths, *parts)
 
     def load(self, indices: Indices, key: Key) -> Batch:
-        rows = [self._encoded.read(index) for index in indices]
+        rows = [self.data.encoding.read(index) for index in indices]
         return _packed(rows) if self.packed else _padded(rows)
 
     def loss(self, batch: Batch, key: Key) -> Loss:
@@ -131,20 +131,22 @@ class LanguageTask:
     def metadata(self) -> dict[str, str]:
         return {
             "lora_scripts.base_model": self.config.base_model,
-            "lora_scripts.base_model_hash": self.base.base_id,
+            "lora_scripts.base_model_hash": self.base.weights_id,
             **{f"lora_scripts.{name}": value for name, value in self.base.facts.items()},
             "lora_scripts.chat_template": self.format.name,
+            SYSTEM_PROMPT: self.config.system_prompt or "",
             "lora_scripts.train_on": self.config.train_on,
         }
 
     def describe(self) -> str:
         """The data in a few words."""
-        held_out = len(self._validation.samples) if self.held_out else "none"
-        lengths = self._encoded.lengths()[self._train.samples]
-        learned = int(self._encoded.learned[self._train.samples].sum())
+        held_out = f"{len(self.data.validation.samples):,}" if self.held_out else "none"
+        lengths = self.data.encoding.lengths()[self.data.train.samples]
+        learned = int(self.data.encoding.learned[self.data.train.samples].sum())
         return (
-            f"{self.items:,} samples of {len(self.rows):,} rows, {int(lengths.sum()):,} tokens "
-            f"({learned:,} learned; the longest sample has {lengths.max():,}), {held_out} held out"
+            f"{len(self.rows):,} rows: {self.items:,} samples to learn from with "
+            f"{int(lengths.sum()):,} tokens ({learned:,} learned; the longest sample has "
+            f"{lengths.max():,}), {held_out} held out"
         )
 
     def advice(self, steps: int, views: float) -> str | None:
@@ -161,11 +163,6 @@ class LanguageTask:
         del self.base
 
     # --- private ----------------------------------------------------------------------------------
-
-    @property
-    def _encoded(self) -> text.Encoding:
-        assert self.encoding is not None, "encode() comes first"
-        return self.encoding
 
     def _may_pack(self) -> bool:
         reason = packing.why_not(self.base.model)
@@ -189,27 +186,6 @@ class LanguageTask:
             temperature=prompt.temperature,
             seed=key.seed if prompt.seed is None else prompt.seed,
         )
-
-    def _tell(self) -> None:
-        """What happened to the rows, said aloud."""
-        logger.info("Chat template: %s", self.format.name)
-        for note in self.format.notes:
-            logger.warning("%s", note)
-        if self.format.unseen_system:
-            logger.warning(
-                "The template puts a system message before conversations without one: %r. It is "
-                "seen in training, too; system_prompt replaces it.",
-                self.format.unseen_system,
-            )
-        if self.targets.skipped:
-            logger.warning("No adapter on: %s", "; ".join(self.targets.skipped))
-        cut_rows, cut_tokens = self._encoded.cut
-        if cut_rows:
-            logger.warning(
-                "%d of %d rows are longer than max_seq_length %d: %d tokens at their ends are cut "
-                "off and not learned",
-                cut_rows, len(self.rows), self.config.max_seq_length, cut_tokens,
-            )  # fmt: skip
 
 
 _MODEL_INPUTS = ("attention_mask", "position_ids", "cu_seq_lens_q")

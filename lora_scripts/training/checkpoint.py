@@ -22,9 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_scripts.data.cache import file_hash
 from lora_scripts.errors import UserError, user_error
-from lora_scripts.files import replace, sync, write_text
+from lora_scripts.files import file_hash, replace, sync, write_text
 
 FORMAT_VERSION = 2
 ADDED_IN_2: dict[str, Any] = {"best": None, "tallies": {}, "passing": False}
@@ -274,6 +273,18 @@ def load_adapters(
         for name, parameter in parameters.items():
             parameter.copy_(adapters[name])
     return tensors
+
+
+def go_back(folder: Path, best: Best, parameters: Mapping[str, nn.Parameter]) -> Position:
+    """Put the adapters of the best checkpoint back. Returns where the run stood there.
+
+    Raises:
+        UserError: if that checkpoint is missing or damaged.
+    """
+    path = folder / name_of(best.step)
+    position = read_state(path).position
+    load_adapters(path, parameters)
+    return position
 
 
 def _remove(checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lora_scripts.device import Compute
@@ -75,11 +76,7 @@ def train(
     Raises:
         WorkError: if the loss or a gradient is not finite.
     """
-    parameters = {
-        f"{component}.{name}": parameter
-        for component, module in task.adapted.items()
-        for name, parameter in lora.trainable(module).items()
-    }
+    parameters = trained_parameters(task)
     optimizer = optim.OPTIMIZERS[config.optimizer](parameters.values(), config)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     position = Position()
@@ -116,8 +113,7 @@ def train(
         logger.info("step %d: checkpoint %s", position.step, path)
 
     def look(step: int, *, sampling: bool, measuring: bool) -> float | None:
-        for module in task.adapted.values():
-            module.eval()
+        switch(task, training=False)
         loss = held_out_loss(task, config.seed, compute) if measuring else None
         if loss is not None:
             log.evaluation(step, loss)
@@ -125,18 +121,13 @@ def train(
             log.samples(step, task.sample(Key(config.seed, "validation", 0)))
         return loss
 
-    def exhausted() -> bool:
-        patience = config.early_stopping_patience
-        return bool(patience and best and best.waited >= patience)
-
     with RunLog(folder, position.step, total_steps) as log, stop_signals() as stopped:
         if position.step == 0:
             look(0, sampling=True, measuring=True)
-        todo = [] if exhausted() else steps(task, config, position, total_steps)
-        for step, batches in prefetched(task, iter(todo)):
+        todo = iter(()) if exhausted(best, config) else steps(task, config, position, total_steps)
+        for step, batches in prefetched(task, todo):
             # ---------------------------------------------------------------- the training step
-            for module in task.adapted.values():
-                module.train()
+            switch(task, training=True)
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate(config, step.after.step - 1, total_steps)
             total = torch.zeros((), device=compute.device)
@@ -179,21 +170,38 @@ def train(
             )
             if measured is not None and task.held_out:
                 best = checkpoint.judged(best, position.step, measured)
-            last = last or exhausted()
+            last = last or exhausted(best, config)
             planned = last or stopped.is_set() or due(config, step)
             if planned or (best and best.step == position.step):
                 save(position, passing=not planned)
             if last or stopped.is_set():
                 break
-    for module in task.adapted.values():
-        module.eval()
-    interrupted = position.step < total_steps and not exhausted()
-    exported = position
+    switch(task, training=False)
+    exported, interrupted = position, position.step < total_steps and not exhausted(best, config)
     if config.early_stopping_patience and best and not interrupted:
-        folder_of_best = folder / CHECKPOINTS / checkpoint.name_of(best.step)
-        exported = checkpoint.read_state(folder_of_best).position
-        checkpoint.load_adapters(folder_of_best, parameters)
+        exported = checkpoint.go_back(folder / CHECKPOINTS, best, parameters)
     return Outcome(position, total_steps, interrupted, best, exported)
+
+
+def trained_parameters(task: Task) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by component and path, in the order that a checkpoint keeps."""
+    return {
+        f"{component}.{name}": parameter
+        for component, module in task.adapted.items()
+        for name, parameter in lora.trainable(module).items()
+    }
+
+
+def switch(task: Task, *, training: bool) -> None:
+    """Dropout on or off."""
+    for module in task.adapted.values():
+        module.train(training)
+
+
+def exhausted(best: Best | None, config: Config) -> bool:
+    """Whether the held-out loss has not fallen for as long as the config waits."""
+    patience = config.early_stopping_patience
+    return bool(patience and best and best.waited >= patience)
 
 
 def steps_of_epoch(task: Task, config: Config, epoch: int) -> int:

@@ -15,6 +15,7 @@ from lora_scripts.errors import UserError, WorkError
 from lora_scripts.export import gguf_adapter
 from lora_scripts.models import lora
 from lora_scripts.models.lora import AdaptedLayer
+from tests import base_toys
 
 gguf = pytest.importorskip("gguf")
 
@@ -177,19 +178,7 @@ def write_base(path: Path, model: nn.Module, config: PretrainedConfig) -> None:
     """The base in llama.cpp's layout, with the keys that transformers' reader needs."""
     architecture = TOYS[config.model_type][1]
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    head_dim = model.model.layers[0].self_attn.head_dim
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+    base_toys.add_facts(writer, model)
     norms = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -208,10 +197,7 @@ def write_base(path: Path, model: nn.Module, config: PretrainedConfig) -> None:
             _, _, number, kind = stem.split(".", 3)
             name = f"blk.{number}.{ {**NAMES, **inner}[kind] }.{suffix}"
         writer.add_tensor(name, to_gguf(stem, parameter.data, config).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    base_toys.finish(writer)
 
 
 def merge(base: Path, adapter: gguf_adapter.StoredAdapter, target: Path) -> None:

@@ -44,8 +44,8 @@ def test_a_folder(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(causal_lm.probe(loaded.model), causal_lm.probe(plain))
     assert load(tmp_path, own_dtype=True).model.dtype == dtype
     assert loaded.facts == {"base_layout": "transformers", "base_model_type": "qwen3"}
-    digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]
-    assert loaded.base_id == hashlib.sha256(b"".join(digests)).hexdigest()
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert loaded.weights_id == hashlib.sha256("".join(digests).encode()).hexdigest()
     assert loaded.tokenizer.chat_template == text_toys.chatml_tokenizer().chat_template
 
 
@@ -93,7 +93,7 @@ def test_chatglms_own_layout(name: str, tmp_path: Path) -> None:
 
 def test_the_hash_tells_weights_apart(tmp_path: Path) -> None:
     a, b, c = (
-        load(text_toys.save_model(tmp_path / name, seed=seed)).base_id
+        load(text_toys.save_model(tmp_path / name, seed=seed)).weights_id
         for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     )
     assert a == b != c
@@ -146,6 +146,12 @@ def test_a_gguf_of_an_unknown_architecture(tmp_path: Path) -> None:
 def test_four_bits_need_an_nvidia_card(tmp_path: Path) -> None:
     folder = text_toys.save_model(tmp_path / "x")
     with pytest.raises(UserError, match=r"found nf4, but this run is on a cpu"):
+        load(folder, quantization="nf4")
+
+
+def test_four_bits_are_not_for_a_base_that_is_read_in_full(tmp_path: Path) -> None:
+    folder = base_toys.save_chatglm(tmp_path / "glm4", "glm4")
+    with pytest.raises(UserError, match="found nf4, but this base is in the layout chatglm"):
         load(folder, quantization="nf4")
 
 

@@ -48,8 +48,8 @@ def plain_loss(task: LanguageTask) -> tuple[float, int]:
     """The same by transformers' own loss: one row at a time, all logits, labels of -100."""
     total, count = 0.0, 0
     with torch.no_grad(), packing.attention(task.base.model, task.own_attention):
-        for index in range(len(task.encoding)):  # type: ignore[arg-type]
-            ids, learned = task.encoding.read(index)  # type: ignore[union-attr]
+        for index in range(len(task.data.encoding)):
+            ids, learned = task.data.encoding.read(index)
             labels = torch.where(learned, ids, -100)
             mean = task.base.model(input_ids=ids[None], labels=labels[None], use_cache=False).loss
             number = int((labels[1:] != -100).sum())
@@ -81,7 +81,7 @@ def test_hybrids_are_not_packed_but_grouped_by_length(
         task, _, _ = runs.text_task(base, rows, tmp_path)
     assert not task.packed
     assert "packing is off: its conv layers would carry a state from row to row" in caplog.text
-    lengths = task.encoding.lengths()  # type: ignore[union-attr]
+    lengths = task.data.encoding.lengths()
     waste = [sum(max(lengths[list(b)]) - lengths[i] for i in b) for b in task.plan(TRAIN)]
     assert sum(waste) < 0.15 * lengths.sum()
     assert loss_of(task)[0] == pytest.approx(plain_loss(task)[0], rel=2e-5)
@@ -156,7 +156,7 @@ def test_a_book_is_learned_whole(tmp_path: Path, llama: Path) -> None:
     (book / "one.md").write_text("It is sunny today. " * 60, encoding="utf-8")
     (book / "two.txt").write_text("天气怎么样？今天是晴天。" * 20, encoding="utf-8")
     task, _, _ = runs.text_task(llama, book, tmp_path, max_seq_length=64, stride=8)
-    lengths = task.encoding.lengths()  # type: ignore[union-attr]
+    lengths = task.data.encoding.lengths()
     assert lengths.max() == 64
     learned = sum(len(task.load((i,), TRAIN)["targets"]) for i in range(len(lengths)))
     tokenizer = task.base.tokenizer
@@ -193,11 +193,10 @@ def test_copies_of_a_row_stay_on_one_side_of_the_split(tmp_path: Path, llama: Pa
     data = text_toys.write_jsonl(tmp_path / "rows.jsonl", rows)
     task, _, _ = runs.text_task(llama, data, tmp_path, validation_split=0.3)
     assert task.held_out
-    encoding = task.encoding
-    assert encoding is not None
+    encoding = task.data.encoding
     sides = [
         {tuple(encoding.read(i)[0].tolist()) for i in part.samples}
-        for part in (task._train, task._validation)
+        for part in (task.data.train, task.data.validation)
     ]
     assert not sides[0] & sides[1]
     assert [len(side) for side in sides] == [7, 3]
@@ -216,14 +215,14 @@ def test_weights_deal_out_evenly() -> None:
 
 def test_a_second_run_finds_the_tokens(tmp_path: Path, rows: Path, llama: Path) -> None:
     first, _, _ = runs.text_task(llama, rows, tmp_path)
-    path = first.encoding.path  # type: ignore[union-attr]
+    path = first.data.encoding.path
     before = path.stat().st_mtime_ns
     second, _, _ = runs.text_task(llama, rows, tmp_path, lora_rank=8)
-    assert second.encoding.path == path  # type: ignore[union-attr]
+    assert second.data.encoding.path == path
     assert path.stat().st_mtime_ns == before
     other, _, _ = runs.text_task(llama, rows, tmp_path, train_on="all")
-    assert other.encoding.path != path  # type: ignore[union-attr]
-    assert other.encoding.learned.sum() > first.encoding.learned.sum()  # type: ignore[union-attr]
+    assert other.data.encoding.path != path
+    assert other.data.encoding.learned.sum() > first.data.encoding.learned.sum()
 
 
 # --- what is adapted ------------------------------------------------------------------------------

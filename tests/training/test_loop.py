@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,24 +180,12 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    sd_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    sd_folder: Path, pictures: Path, tmp_path: Path, name: str
 ) -> None:
     """SIGTERM in the middle of an epoch; the same command again; the same bits."""
     options: dict[str, Any] = {"epochs": 4, "eval_steps": 3, "save_dtype": "fp32", **RESUMED[name]}
     _, whole = runs.run(sd_folder, pictures, tmp_path / "whole", **options)
-    original = DiffusionTask.loss
-    calls = 0
-
-    def interrupted(task: DiffusionTask, batch: Batch, key: Key) -> Loss:
-        nonlocal calls
-        calls += key.split == "train"
-        if calls == 5:
-            signal.raise_signal(signal.SIGTERM)
-            calls += 1
-        return original(task, batch, key)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DiffusionTask, "loss", interrupted)
+    with runs.terminated(DiffusionTask, loss=5):
         code, parts = runs.run(sd_folder, pictures, tmp_path / "parts", **options)
     assert code == pipeline.EXIT_INTERRUPTED
     assert not (parts / "toy.safetensors").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file
 
 from lora_scripts import pipeline
 from lora_scripts.tasks.language import LanguageTask
-from lora_scripts.tasks.task import Batch, Key, Loss
 from lora_scripts.training import checkpoint, loop
 from lora_scripts.training.checkpoint import Best
 from tests import runs, text_toys
@@ -39,26 +37,14 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    llama: Path, rows: Path, tmp_path: Path, name: str
 ) -> None:
     options: dict[str, Any] = {
         "epochs": 4, "eval_steps": 3, "validation_split": 0.2, "batch_size": 2,
         "save_dtype": "fp32", **RESUMED[name],
     }  # fmt: skip
     _, whole = runs.run_text(llama, rows, tmp_path / "whole", **options)
-    original = LanguageTask.loss
-    calls = 0
-
-    def interrupted(task: LanguageTask, batch: Batch, key: Key) -> Loss:
-        nonlocal calls
-        calls += key.split == "train"
-        if calls == 7:
-            signal.raise_signal(signal.SIGTERM)
-            calls += 1
-        return original(task, batch, key)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LanguageTask, "loss", interrupted)
+    with runs.terminated(LanguageTask, loss=7):
         code, parts = runs.run_text(llama, rows, tmp_path / "parts", **options)
     assert code == pipeline.EXIT_INTERRUPTED
     code, parts = runs.run_text(llama, rows, tmp_path / "parts", **options)

@@ -2,9 +2,11 @@
 
 Read are `.jsonl`, `.json` (a list of objects), `.csv` and `.parquet` files of rows, and `.txt` and
 `.md` files, each of them one raw text. A row is a conversation as OpenAI, ShareGPT or Alpaca write
-it, a question with its answer, or a raw text; `lora_scripts.data.texts.forms` tells which.
-Whatever is wrong becomes a `Problem` that names the file, the row and the field; nothing is
-repaired, and one bad row does not hide the next.
+it, a question with its answer, or a raw text. Whatever is wrong becomes a `Problem` that names the
+file, the row and the field; nothing is repaired, and one bad row does not hide the next.
+
+Here are the files and the records; `rows` reads the kinds of file, `forms` tells by its fields what
+form a row has, `turns` reads and checks the messages, `saying` holds the words for what is wrong.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora_scripts.data.conversations import forms, rows
+from lora_scripts.data.conversations.saying import Findings, checked, nearest
 from lora_scripts.data.folders import link_problem, walk_files
 from lora_scripts.data.reading import Refused, count, is_unicode, read_file, show, show_path
-from lora_scripts.data.texts import forms, rows
-from lora_scripts.data.texts.saying import Findings, checked, nearest
 from lora_scripts.errors import Problem
 
 DATA_SUFFIXES = rows.SUFFIXES

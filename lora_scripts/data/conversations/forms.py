@@ -10,9 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lora_scripts.data.conversations.saying import (
+    Findings,
+    checked,
+    listed,
+    nearest,
+    parse_json,
+    read_text,
+)
+from lora_scripts.data.conversations.turns import Turn, check_turns, read_tools, read_turns
 from lora_scripts.data.reading import Refused, kind, show
-from lora_scripts.data.texts.saying import Findings, checked, listed, nearest, parse_json, read_text
-from lora_scripts.data.texts.turns import Turn, check_turns, read_tools, read_turns
 
 
 class Form(NamedTuple):

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_scripts.data.conversations import forms
+from lora_scripts.data.conversations.saying import listed, nearest, parse_json
 from lora_scripts.data.csv_rows import csv_rows, has_odd_quotes, split_row
 from lora_scripts.data.reading import Refused, kind, read_file, show
-from lora_scripts.data.texts import forms
-from lora_scripts.data.texts.saying import listed, nearest, parse_json
 from lora_scripts.errors import Problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

@@ -18,8 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_scripts.data.reading import Refused, kind, show
-from lora_scripts.data.texts.saying import (
+from lora_scripts.data.conversations.saying import (
     Findings,
     check_within,
     checked,
@@ -28,6 +27,7 @@ from lora_scripts.data.texts.saying import (
     parse_json,
     read_text,
 )
+from lora_scripts.data.reading import Refused, kind, show
 
 OPENAI_ROLES = {
     "system": "system",

@@ -114,12 +114,11 @@ def _is_finished(folder: Path, config: Config, state: State) -> bool:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    same_length = all(
-        state.config.get(key) == getattr(config, key)
-        for key in ("epochs", "max_train_steps", "early_stopping_patience")
-    )
+    keys = ("epochs", "max_train_steps", "early_stopping_patience")
+    same_length = all(state.config.get(key) == getattr(config, key) for key in keys)
+    last_step = record.get("last_step", record["steps"])  # runs before early stopping had one only
     files_there = all((folder / name).is_file() for name in record["files"])
-    return same_length and files_there and bool(record["last_step"] == state.position.step)
+    return same_length and files_there and bool(last_step == state.position.step)
 
 
 def _refuse_changes(config: Config, path: Path, state: State) -> None:

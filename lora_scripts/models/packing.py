@@ -1,8 +1,8 @@
 """Rows laid end to end in one sequence, each attending to itself alone.
 
 transformers passes what `model(**kwargs)` is given on to the attention function, which can be one's
-own (transformers' AttentionInterface). Ours makes one causal call for every row, several times
-faster than one call with a block mask. Positions begin at 0 with every row.
+own (transformers' AttentionInterface). Ours makes one causal call for every row, where a block mask
+would have all scores computed and most of them thrown away. Positions begin at 0 with every row.
 
 Tensor suffixes: B batch (always 1), H heads, T tokens of all rows, D width of a head, L of one row.
 """

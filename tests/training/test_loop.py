@@ -372,6 +372,12 @@ def test_a_checkpoint_of_the_first_format_goes_on(
     for key in ("best", "tallies", "passing"):
         del state[key]
     path.write_text(json.dumps(state | {"format_version": 1}), encoding="utf-8")
+    record = json.loads((parts / "run.json").read_text(encoding="utf-8"))
+    del record["last_step"]
+    (parts / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    before = (parts / "metrics.jsonl").read_bytes()
+    runs.run(sd_folder, pictures, tmp_path / "parts", epochs=2, **options)  # finished
+    assert (parts / "metrics.jsonl").read_bytes() == before
     runs.run(sd_folder, pictures, tmp_path / "parts", epochs=4, **options)
     a, b = weights(whole), weights(parts)
     assert all(torch.equal(a[key], b[key]) for key in a)

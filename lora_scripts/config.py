@@ -1,5 +1,5 @@
 """A config file read: `load(path, overrides)` answers with a frozen, fully resolved config, or with
-every problem at once (`UserError`). What the keys are stands in `schema.py`.
+every problem at once (`UserError`). What the keys are stands in `schema/`.
 """
 
 from __future__ import annotations

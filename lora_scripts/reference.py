@@ -26,7 +26,7 @@ _SHARED = frozenset(CommonConfig.model_fields) - _OWN
 INTRODUCTION = """\
 # Every key of a config
 
-Written by `make schema` from `lora_scripts/schema.py`; a test keeps it in step. Paths are relative
+Written by `make schema` from `lora_scripts/schema/`; a test keeps it in step. Paths are relative
 to the folder where the command is typed. Any key can be given on the command line for one run:
 `python train.py --config x.yaml lora_rank=32`. Text is read by YAML 1.2: `true` and `false` are the
 only truth values (`no` is a text), `2e-4` is a number.

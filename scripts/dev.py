@@ -180,7 +180,7 @@ def lint(rest: list[str]) -> int:
 
 
 def schema(rest: list[str]) -> int:
-    """Write the schema for editors and the list of keys from lora_scripts/schema.py."""
+    """Write the schema for editors and the list of keys from lora_scripts/schema/."""
     prepare([])
     return call(PYTHON, "-c", WRITE_SCHEMA)
 

@@ -147,7 +147,7 @@ def test_two_loras_act_together_each_at_its_strength(
     trained: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, first = trained["llama"]
-    second = train(tmp_path, base, seed=7, lora_rank=2, target_modules=["q_proj", "down_proj"])
+    second = train(tmp_path, base, seed=7, lora_rank=2, lora_targets=["q_proj", "down_proj"])
     model = causal_lm.load(read_text_signature(base), CPU).model
     add_by_hand(model, first, 0.8)
     add_by_hand(model, second, 0.5)

@@ -193,7 +193,7 @@ def test_several_loras_are_added_each_at_its_strength(
     llama: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, first = llama
-    second = train(tmp_path, base, seed=7, lora_rank=2, target_modules=["q_proj", "down_proj"])
+    second = train(tmp_path, base, seed=7, lora_rank=2, lora_targets=["q_proj", "down_proj"])
     folder = write("merged", Adapter(first, 0.8), Adapter(second, -0.5))
     assert folder == first / "merged"
     expected = AutoModelForCausalLM.from_pretrained(base)

@@ -52,7 +52,9 @@ class ImageExport:
         reference = reference_output(self.task.family, files.DTYPES[self.config.save_dtype])
         self.task.release()
         gc.collect()
-        fresh = build.load_family(build.find_base(self.config.base_model), self.compute)
+        fresh = build.load_family(
+            build.find_base(self.config.base_model), self.compute, build.options_of(self.config)
+        )
         difference = check_reload(reference, fresh, self.config.output_dir)
         return Finished(paths, difference, "diffusers")
 
@@ -135,8 +137,8 @@ def reference_output(family: ImageFamily, dtype: torch.dtype) -> torch.Tensor:
 
     Turns the model to float32; nothing must be trained with it afterwards.
     """
-    for component in family.targets:
-        lora.round_to(family.adapted[component], dtype)
+    for module in family.adapted.values():
+        lora.round_to(module, dtype)
     return output_on_fixed_inputs(family)
 
 
@@ -150,7 +152,7 @@ def check_reload(reference: torch.Tensor, fresh: ImageFamily, path: Path) -> flo
     """
     for module in fresh.adapted.values():
         module.float()
-    fresh.load_loras([(path, 1.0)])
+    fresh.load_file(path)
     difference = (output_on_fixed_inputs(fresh) - reference).abs().max().item()
     if not difference <= TOLERANCE * reference.abs().max().item():
         raise WorkError(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from lora_scripts.errors import user_error
 from lora_scripts.files import file_hash
 from lora_scripts.models.text_signature import TextSignature
 
+_ATTENTION = re.compile(r"(?:^|\.)(?:self_)?(?:attn|attention)\.")  # the block around a layer
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 PROBE_TOKENS = 24
 
@@ -242,8 +244,8 @@ def _bitsandbytes(quantization: str | None, compute: Compute) -> Any:
     )
 
 
-def targets(model: Any, names: Sequence[str] | None) -> Targets:
-    """The linear layers of the decoder's blocks, or those of them whose path ends in `names`.
+def targets(model: Any, chosen: Literal["attention", "linear"] | Sequence[str]) -> Targets:
+    """The linear layers of the decoder's blocks; those in attention; or those named by path ends.
 
     Left out: embeddings and head, routers of experts, experts held as one 3-D weight, and all that
     is not the text decoder (a vision tower).
@@ -253,15 +255,18 @@ def targets(model: Any, names: Sequence[str] | None) -> Targets:
     """
     layers = [path for path, module in _in_blocks(model) if _is_adaptable(path, module)]
     skipped = sorted(set(_skipped(model)))
-    if names is None:
+    if chosen == "linear":
         return Targets(layers, skipped)
+    if chosen == "attention":
+        return Targets([path for path in layers if _ATTENTION.search(path)], skipped)
+    names = [chosen] if isinstance(chosen, str) else chosen
     unknown = [name for name in names if not any(_ends(path, name) for path in layers)]
     if unknown:
         kinds = sorted({path.rsplit(".", 1)[-1] for path in layers})
         what = f"found {', '.join(unknown)}; this model's layers are {', '.join(kinds)}"
-        raise user_error("target_modules", what)
-    chosen = [path for path in layers if any(_ends(path, name) for name in names)]
-    return Targets(chosen, skipped)
+        raise user_error("lora_targets", what)
+    named = [path for path in layers if any(_ends(path, name) for name in names)]
+    return Targets(named, skipped)
 
 
 def _ends(path: str, name: str) -> bool:

@@ -18,6 +18,34 @@ from torch import nn
 Conditioning = Mapping[str, torch.Tensor]  # what the denoiser is told, one row a prompt
 Encoder = Literal["image", "text"]
 Prediction = Literal["epsilon", "v_prediction"]
+Preset = Literal["attention", "linear", "all"]
+Size = tuple[int, int]  # width, height in pixels
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a base model is to be taken; the keys of these names in a config say what they mean."""
+
+    vae: str | None = None
+    prediction_type: Literal["auto"] | Prediction = "auto"
+    zero_terminal_snr: Literal["auto"] | bool = "auto"
+    clip_skip: int | None = None
+    max_caption_tokens: int = 75
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a picture was cut for a view: what SDXL is told of it.
+
+    Attributes:
+        original: The picture's own size.
+        corner: (left, top) of the cut within the picture scaled to cover the bucket.
+        target: The bucket's size.
+    """
+
+    original: Size
+    corner: tuple[int, int]
+    target: Size
 
 
 @dataclass(frozen=True)
@@ -36,8 +64,7 @@ class DrawRequest:
 class ImageFamily(Protocol):
     """A text-to-image model of one family, loaded: its encoders, its denoiser, its names."""
 
-    adapted: Mapping[str, nn.Module]  # the modules a LoRA can sit on, by component name
-    targets: Mapping[str, Sequence[str]]  # component -> ends of the paths of adapted layers
+    adapted: Mapping[str, nn.Module]  # the modules a LoRA can sit on, the denoiser first, by name
     prediction: Prediction
     alphas_cumprod_T: torch.Tensor  # float32, the noise schedule after T training steps
     native_size: int  # side of the square pictures that the model was made for, in pixels
@@ -49,14 +76,26 @@ class ImageFamily(Protocol):
 
     @property
     def text_encoder_id(self) -> str:
-        """A content hash: same id, same conditioning."""
+        """A content hash of encoders, tokenizers and options: same id, same conditioning."""
 
     @property
     def denoiser_id(self) -> str:
         """A content hash of the module that is trained, as it was before a LoRA."""
 
+    def targets(self, chosen: Preset | Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """Component -> full paths of the layers that a LoRA shall sit on, for every component.
+
+        `chosen`: a preset, or ends of paths (`to_q`, `ff.net.2`).
+
+        Raises:
+            UserError: if a name fits no layer, with the names that there are.
+        """
+
     def visiting(self, encoder: Encoder) -> AbstractContextManager[None]:
         """The encoder on the device within this context, back where it was after it."""
+
+    def keep_on_device(self, encoder: Encoder) -> None:
+        """From now on the encoder stays on the device: it is used in every step."""
 
     def encode_image(self, pixels_CHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation (both CHW, float32, scaled for the denoiser) of one picture's latent.
@@ -65,6 +104,20 @@ class ImageFamily(Protocol):
 
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
         """What the denoiser is told for one prompt: float32, on the CPU, no batch dimension."""
+
+    def tokenize(self, prompt: str) -> dict[str, torch.Tensor]:
+        """A prompt's token ids by encoder, each int64 (parts, tokens a part); no model runs."""
+
+    def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
+        """The conditioning of a batch of tokenized prompts, on the device, with gradients."""
+
+    def collate(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
+        """Rows as `encode_prompt` gives them, of one or of several lengths, as one batch."""
+
+    def frame(self, framing: Framing) -> dict[str, torch.Tensor]:
+        """What the denoiser is told of a picture's cut, without a batch dimension; {} if nothing.
+
+        These stand beside a prompt's tensors in the conditioning."""
 
     def predict(
         self, noisy_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
@@ -75,13 +128,13 @@ class ImageFamily(Protocol):
         """One picture with the model as it is, adapters included."""
 
     def checkpoint_gradients(self) -> None:
-        """Keep fewer activations while training and compute them again in the backward pass."""
+        """Keep fewer activations of the adapted modules, compute them again in the backward."""
 
     def probe(self) -> torch.Tensor:
-        """One forward pass of the denoiser on small fixed inputs, to compare models by."""
+        """Outputs of denoiser and text encoders on small fixed inputs, flat: to compare models."""
 
-    def load_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
-        """Put finished LoRA files on the model with the library's own reader, with strengths."""
+    def load_file(self, path: Path) -> None:
+        """Put a LoRA (a file, or a run's folder) on the model with the library's own reader."""
 
     def webui_name(self, component: str, path: str) -> str:
         """The name under which WebUI and ComfyUI look for the adapter of a layer."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,11 +35,19 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_scripts.device import Compute
 from lora_scripts.errors import user_error
-from lora_scripts.models.family import Conditioning, DrawRequest, Encoder, Prediction
+from lora_scripts.models import unet as unet_layers
+from lora_scripts.models.family import (
+    Conditioning,
+    DrawRequest,
+    Encoder,
+    Framing,
+    Options,
+    Prediction,
+    Preset,
+)
 from lora_scripts.models.sd_single_file import Parts, load_single_file
 from lora_scripts.models.signature import Signature
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SCHEDULERS = (
     DDIMScheduler,
     DDPMScheduler,
@@ -67,7 +73,6 @@ class StableDiffusion:
     """
 
     pixel_multiple: int
-    targets: Mapping[str, Sequence[str]] = MappingProxyType({"unet": ATTENTION})
 
     def __init__(
         self,
@@ -84,12 +89,18 @@ class StableDiffusion:
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         self.compute = compute
-        self.adapted: Mapping[str, nn.Module] = {"unet": self.unet}
+        self.adapted: Mapping[str, nn.Module] = {
+            "unet": self.unet,
+            "text_encoder": self.text_encoder,
+        }
         self.prediction: Prediction = _prediction(scheduler)
         self.alphas_cumprod_T = _noise_schedule(scheduler)
         self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.native_size = unet.config.sample_size * self.vae_factor
         self.pixel_multiple = self.vae_factor * 2 ** (len(unet.config.block_out_channels) - 1)
+
+    def targets(self, chosen: Preset | Sequence[str]) -> Mapping[str, Sequence[str]]:
+        return unet_layers.targets(self.adapted, chosen)
 
     @cached_property
     def denoiser_id(self) -> str:
@@ -112,6 +123,11 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
+        with self.visiting("text"):
+            conditioning = self.encode_tokens([self.tokenize(prompt)])
+        return {name: tensor[0].cpu() for name, tensor in conditioning.items()}
+
+    def tokenize(self, prompt: str) -> dict[str, torch.Tensor]:
         tokens = self.tokenizer(
             prompt,
             padding="max_length",
@@ -119,10 +135,18 @@ class StableDiffusion:
             truncation=True,
             return_tensors="pt",
         )
-        with self.visiting("text"):
-            ids_BS = tokens.input_ids.to(self.text_encoder.device)
-            embedding_SD = self.text_encoder(ids_BS).last_hidden_state[0]
-        return {"embedding": embedding_SD.cpu()}
+        return {"text_encoder": tokens.input_ids}
+
+    def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
+        ids_BS = torch.cat([prompt["text_encoder"] for prompt in prompts])
+        ids_BS = ids_BS.to(self.text_encoder.device)
+        return {"embedding": self.text_encoder(ids_BS).last_hidden_state}
+
+    def collate(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def frame(self, framing: Framing) -> dict[str, torch.Tensor]:
+        return {}
 
     def predict(
         self, noisy_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
@@ -170,31 +194,19 @@ class StableDiffusion:
         tokens = self.tokenizer.model_max_length
         embedding_BSD = torch.randn(1, tokens, config.cross_attention_dim, generator=source)
         device = self.compute.device
-        return self.predict(
+        output_BCHW = self.predict(
             noisy_BCHW.to(device),
             torch.tensor([len(self.alphas_cumprod_T) // 2], device=device),
             {"embedding": embedding_BSD.to(device)},
         )
+        with self.visiting("text"):
+            states = self.encode_tokens([self.tokenize("a b c")])["embedding"]
+        return torch.cat([output_BCHW.flatten().cpu(), states.flatten().cpu()])
 
-    def load_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
-        """Put finished LoRA files on the model, read by diffusers' own reader.
-
-        Each is (file, or folder that holds pytorch_lora_weights.safetensors; strength). Calling it
-        again sets the strengths anew.
-        """
+    def load_file(self, path: Path) -> None:
         pipeline = self._pipeline(text_encoder=self.text_encoder)
-        known = pipeline.get_list_adapters()
-        names = [f"lora{number}" for number in range(len(loras))]
-        for name, (path, _) in zip(names, loras, strict=True):
-            if any(name in adapters for adapters in known.values()):
-                continue
-            folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-            with warnings.catch_warnings():  # peft warns of a second LoRA; it is meant
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                pipeline.load_lora_weights(
-                    str(folder), weight_name=file, adapter_name=name, local_files_only=True
-                )
-        pipeline.set_adapters(names, adapter_weights=[strength for _, strength in loras])
+        folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+        pipeline.load_lora_weights(str(folder), weight_name=file, local_files_only=True)
 
     def webui_name(self, component: str, path: str) -> str:
         # transformers >= 5.6 has no `text_model.` level in CLIPTextModel; the WebUIs expect it.
@@ -238,8 +250,11 @@ class StableDiffusion:
         finally:
             module.to(home)
 
+    def keep_on_device(self, encoder: Encoder) -> None:
+        {"image": self.vae, "text": self.text_encoder}[encoder].to(self.compute.device)
 
-def load(found: Signature, compute: Compute) -> StableDiffusion:
+
+def load(found: Signature, compute: Compute, options: Options) -> StableDiffusion:
     """Read a diffusers folder or an original single file. No network, no pickle."""
     match found.layout:
         case "diffusers":

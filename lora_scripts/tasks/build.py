@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_scripts.device import Compute
 from lora_scripts.models import hub
-from lora_scripts.models.family import ImageFamily
+from lora_scripts.models.family import ImageFamily, Options
 from lora_scripts.models.signature import Signature, read_signature
 from lora_scripts.models.text_signature import (
     UNWANTED,
@@ -48,13 +48,25 @@ def find_text_base(base_model: str, *, with_code: bool = False) -> TextSignature
     return read_text_signature(path)
 
 
-def load_family(found: Signature, compute: Compute) -> ImageFamily:
+def load_family(found: Signature, compute: Compute, options: Options | None = None) -> ImageFamily:
     """Read an image model into memory."""
+    options = options or Options()
     match found.family:
         case "sd1":
             from lora_scripts.models import sd
 
-            return sd.load(found, compute)
+            return sd.load(found, compute, options)
+
+
+def options_of(config: ImageConfig) -> Options:
+    """How the base model of a run is taken."""
+    return Options(
+        vae=config.vae,
+        prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
+        clip_skip=config.clip_skip,
+        max_caption_tokens=config.max_caption_tokens,
+    )
 
 
 def load_text(config: TextConfig, compute: Compute) -> CausalLM:
@@ -82,7 +94,7 @@ def build(
             from lora_scripts.data import images
             from lora_scripts.tasks.diffusion import DiffusionTask
 
-            family = load_family(find_base(config.base_model), compute)
+            family = load_family(find_base(config.base_model), compute, options_of(config))
             return DiffusionTask(config, family, images.gather(rows, config, family.pixel_multiple))
         case TextConfig():
             from lora_scripts.tasks.language import LanguageTask

@@ -50,7 +50,8 @@ class DiffusionTask:
 
     @property
     def adapted(self) -> Mapping[str, nn.Module]:
-        return {name: self.family.adapted[name] for name in self.family.targets}
+        trained = self.family.adapted if self.config.train_text_encoder else ("unet",)
+        return {name: self.family.adapted[name] for name in trained}
 
     @property
     def items(self) -> int:
@@ -75,10 +76,11 @@ class DiffusionTask:
 
     def attach(self) -> None:
         """Freeze the model and put the LoRA on it."""
+        targets = self.family.targets(self.config.lora_targets)
         for component, module in self.adapted.items():
             lora.attach(
                 module,
-                self.family.targets[component],
+                targets[component],
                 rank=self.config.lora_rank,
                 alpha=self.config.lora_alpha,
                 dropout=self.config.lora_dropout,

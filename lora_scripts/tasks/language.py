@@ -38,7 +38,7 @@ class LanguageTask:
         self.base = base
         self.rows = rows
         self.format = ChatFormat(base.tokenizer, config.chat_template, config.system_prompt)
-        self.targets = causal_lm.targets(base.model, config.target_modules)
+        self.targets = causal_lm.targets(base.model, config.lora_targets)
         contents = [(text.content_of(record), data.weight, data.role) for record, data in rows]
         self.fingerprint: Mapping[str, str] = {
             "data": cache.key_of(contents, self.format.tokenizer_id, self.format.template),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lora_scripts.errors import WorkError
 from lora_scripts.export import files, keys
 from lora_scripts.models import lora
+from lora_scripts.models import unet as unet_layers
 from lora_scripts.models.sd import StableDiffusion
 from tests import runs
 from tests.export import webui_facts
@@ -139,7 +140,14 @@ def test_the_names_of_a_real_sd15_file_are_those_the_webuis_derive() -> None:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(packaged_config("unet"))
-    lora.attach(unet, StableDiffusion.targets["unet"], rank=4, alpha=4, dropout=0, seed=0)
+    lora.attach(
+        unet,
+        unet_layers.targets({"unet": unet}, "attention")["unet"],
+        rank=4,
+        alpha=4,
+        dropout=0,
+        seed=0,
+    )
     paths = [
         path
         for path, module in unet.named_modules()

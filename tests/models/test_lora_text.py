@@ -76,7 +76,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def random_adapter(
-    folder: Path, targets: list[str] | None, rank: int, alpha: float, seed: int
+    folder: Path, targets: list[str] | str, rank: int, alpha: float, seed: int
 ) -> list[AdaptedLayer]:
     """A PEFT directory as a run writes it: its file by `peft_tensors`, its config by the module."""
     model = text_toys.model("llama")
@@ -100,7 +100,7 @@ def added_by_hand(model: nn.Module, layers: list[AdaptedLayer], scale: float) ->
 
 
 def test_two_adapters_add_the_sum_of_their_updates(tmp_path: Path) -> None:
-    first = random_adapter(tmp_path / "a", None, 4, 8, 1)
+    first = random_adapter(tmp_path / "a", "linear", 4, 8, 1)
     second = random_adapter(tmp_path / "b", ["q_proj", "down_proj"], 2, 3, 2)
     assert lora.same(lora.read_peft(tmp_path / "a"), first)
     folders = [(tmp_path / "a", 0.7), (tmp_path / "b", -0.4)]
@@ -165,7 +165,7 @@ def test_a_merged_weight_that_is_not_finite_fails(tmp_path: Path) -> None:
 
 
 def test_another_base_is_written_in_and_all_else_stays(tmp_path: Path) -> None:
-    random_adapter(tmp_path / "a", None, 4, 8, 1)
+    random_adapter(tmp_path / "a", "linear", 4, 8, 1)
     path = tmp_path / "a/adapter_config.json"
     before = json.loads(path.read_text(encoding="utf-8"))
     lora.name_base(tmp_path / "a", "其他/base")

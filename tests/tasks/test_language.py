@@ -229,11 +229,11 @@ def test_a_second_run_finds_the_tokens(tmp_path: Path, rows: Path, llama: Path) 
 
 
 def test_targets_can_be_named(tmp_path: Path, rows: Path, llama: Path) -> None:
-    task, _, _ = runs.text_task(llama, rows, tmp_path, target_modules=["q_proj", "mlp.up_proj"])
+    task, _, _ = runs.text_task(llama, rows, tmp_path, lora_targets=["q_proj", "mlp.up_proj"])
     kinds = {path.rsplit(".", 1)[-1] for path in task.targets.adapted}
     assert kinds == {"q_proj", "up_proj"}
     with pytest.raises(UserError, match=r"found qproj; this model's layers are down_proj, gate"):
-        runs.text_task(llama, rows, tmp_path, target_modules=["qproj"])
+        runs.text_task(llama, rows, tmp_path, lora_targets=["qproj"])
 
 
 def test_no_vision_tower_and_no_router_is_adapted() -> None:
@@ -246,10 +246,10 @@ def test_no_vision_tower_and_no_router_is_adapted() -> None:
         vision_config={**common, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4,
     )  # fmt: skip
-    found = causal_lm.targets(AutoModelForCausalLM.from_config(config), None)
+    found = causal_lm.targets(AutoModelForCausalLM.from_config(config), "linear")
     assert len(found.adapted) == 2 * 7
     assert not any("vision" in path for path in found.adapted)
-    moe = causal_lm.targets(text_toys.model("qwen3_moe"), None)
+    moe = causal_lm.targets(text_toys.model("qwen3_moe"), "linear")
     assert {path.rsplit(".", 1)[-1] for path in moe.adapted} == {
         "q_proj", "k_proj", "v_proj", "o_proj"
     }  # fmt: skip

@@ -1,0 +1,63 @@
+"""What the families with a UNet and CLIP text encoders share: which layers a LoRA can sit on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lora_scripts.errors import user_error
+from lora_scripts.models.family import Preset
+
+_UNET_ATTENTION = re.compile(r".+\.attn[12]\.(?:to_q|to_k|to_v|to_out\.0)")
+_UNET_LINEAR = re.compile(r".+\.attentions\.\d+\..+")  # attention, feed-forward, proj_in, proj_out
+_UNET_ALL = re.compile(r"(?:down_blocks\.|mid_block\.|up_blocks\.).+")  # convolutions, too
+_TEXT_ATTENTION = re.compile(r".+\.self_attn\.(?:q|k|v|out)_proj")
+_TEXT_LINEAR = re.compile(r".+\.layers\.\d+\..+")
+_PRESETS: Mapping[str, tuple[re.Pattern[str], re.Pattern[str]]] = {
+    "attention": (_UNET_ATTENTION, _TEXT_ATTENTION),
+    "linear": (_UNET_LINEAR, _TEXT_LINEAR),
+    "all": (_UNET_ALL, _TEXT_LINEAR),
+}
+
+
+def adaptable(component: str, module: nn.Module) -> list[str]:
+    """The paths of all layers of a component that a LoRA can sit on: preset `all`."""
+    pattern = _PRESETS["all"][component != "unet"]
+    return [
+        path
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and pattern.fullmatch(path)
+    ]
+
+
+def targets(
+    modules: Mapping[str, nn.Module], chosen: Preset | Sequence[str]
+) -> dict[str, list[str]]:
+    """The layers of a preset, or those whose paths end in one of the names, by component.
+
+    Raises:
+        UserError: if a name fits no layer, with the names that there are.
+    """
+    layers = {component: adaptable(component, module) for component, module in modules.items()}
+    if isinstance(chosen, str):
+        patterns = _PRESETS[chosen]
+        return {
+            component: [path for path in paths if patterns[component != "unet"].fullmatch(path)]
+            for component, paths in layers.items()
+        }
+    every = [path for paths in layers.values() for path in paths]
+    unknown = [name for name in chosen if not any(_ends(path, name) for path in every)]
+    if unknown:
+        kinds = sorted({re.sub(r"^.*\.(?=[a-z])", "", path) for path in every})
+        what = f"found {', '.join(unknown)}; this model's layers are {', '.join(kinds)}"
+        raise user_error("lora_targets", what)
+    return {
+        component: [path for path in paths if any(_ends(path, name) for name in chosen)]
+        for component, paths in layers.items()
+    }
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")

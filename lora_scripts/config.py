@@ -7,7 +7,8 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lora_scripts.schema import (
     TextDataset,
     TextPrompt,
     misfits_of,
+    other_names,
 )
 
 COMMAND_LINE, NOWHERE = 10**9, 10**9 + 1  # sorted behind every line of a file
@@ -140,7 +142,7 @@ def _check(
     try:
         return schema.model_validate(values), values, []
     except ValidationError as error:
-        findings = error.errors()
+        findings = wording.merged(error.errors())
     wrong = {finding["loc"][0] for finding in findings if finding["loc"]}
     passed = {key: value for key, value in values.items() if key not in wrong}
     meant = {_nearest_key(schema, finding["loc"]) for finding in findings} - {None}
@@ -152,20 +154,23 @@ def _check(
         if location:  # else: misfits, which are looked for below in any case
             told = _explain(schema, finding, source)
             problems += [(source.line(location), found) for found in told]
-    defaults = {key: value for key, value in _defaults(schema).items() if key not in wrong}
-    for key, what in misfits_of({**defaults, **passed}):
+    for key, what in misfits_of(_with_defaults(schema, passed, wrong)):
         if (key,) not in meant:
             problems.append((source.line((key,)), Problem(source.where(key), what)))
     return None, passed, problems
 
 
-def _defaults(schema: type[Section]) -> dict[str, Any]:
-    """What a key is when it is left out; without the keys that follow from others."""
-    return {
-        name: field.get_default(call_default_factory=True)
-        for name, field in schema.model_fields.items()
-        if not field.is_required() and not field.default_factory_takes_validated_data
-    }
+def _with_defaults(
+    schema: type[Section], passed: Mapping[str, Any], wrong: Collection[Any]
+) -> dict[str, Any]:
+    """The keys that passed, and what the others are when left out, where that can be told."""
+    known = dict(passed)
+    for name, key in schema.model_fields.items():
+        if name in known or name in wrong or key.is_required():
+            continue
+        with suppress(KeyError, AttributeError):  # it follows from a key that is wrong or missing
+            known[name] = key.get_default(call_default_factory=True, validated_data=known)
+    return known
 
 
 def dump(config: Config) -> str:
@@ -272,6 +277,9 @@ def _unknown_key(schema: type[Section], location: Sequence[str | int]) -> str:
     for task_type, other in SCHEMAS.items():
         if location[-1] in _section_at(other, location[:-1]).model_fields:
             return f"unknown key; it belongs to task_type: {task_type}"
+    here = other_names.HERE.get(str(location[-1]))
+    if here in _section_at(schema, location[:-1]).model_fields:
+        return f"unknown key; here it is called {here}"
     near = _nearest_key(schema, location)
     if near is not None:
         return f"unknown key; did you mean {near[-1]}?"
@@ -287,5 +295,7 @@ def _nearest_key(
     known = list(_section_at(schema, location[:-1]).model_fields)
     if location[-1] in known:
         return None
+    if (here := other_names.HERE.get(location[-1])) in known:
+        return (*location[:-1], str(here))
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     return (*location[:-1], near[0]) if near else None

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
+_UNION_TAG = re.compile(r"literal\[.*|list\[.*|bool")  # pydantic's name for a choice in a place
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def merged(findings: Iterable[Any]) -> list[dict[str, Any]]:
+    """One finding a place: where several kinds of value are allowed, pydantic tells each alone.
+
+    If a list stands there, what is wrong inside it says more than that other kinds are allowed.
+    """
+    by_place: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
+    for finding in findings:
+        parts = (p for p in finding["loc"] if not isinstance(p, str) or not _UNION_TAG.fullmatch(p))
+        by_place.setdefault(tuple(parts), []).append(dict(finding))
+    chosen = []
+    for place, found in by_place.items():
+        inside = any(other[: len(place)] == place for other in by_place if other != place)
+        if inside and any(finding["loc"] != place for finding in found):
+            continue
+        ways = ", or ".join(dict.fromkeys(allowed(f).removeprefix("must be ") for f in found))
+        union = {"type": "union", "ways": ways} if len(found) > 1 else {}
+        chosen.append(found[0] | {"loc": place} | union)
+    return chosen
 
 
 def shown(value: Any) -> str:
@@ -30,6 +52,8 @@ def allowed(details: Any) -> str:
     """What may stand there instead, from one of pydantic's error details."""
     context = details.get("ctx", {})
     match details["type"]:
+        case "union":
+            return f"must be {details['ways']}"
         case "int_type" | "int_from_float":
             return "must be a whole number"
         case "float_type" | "float_parsing":
@@ -60,7 +84,7 @@ def allowed(details: Any) -> str:
             return f"must be less than {context['lt']}"
         case "multiple_of":
             return f"must be a multiple of {context['multiple_of']}"
-        case "string_too_short":
+        case "string_too_short" | "too_short":
             return "must not be empty"
         case "string_too_long":
             return f"must have at most {context['max_length']} characters"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lora_scripts import config, reference, schema, yaml_source
 from lora_scripts.errors import UserError
+from lora_scripts.schema import ImageConfig, ImageDataset, TextConfig, other_names
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -149,6 +150,20 @@ def test_wrong_overrides(file: Path) -> None:
         ("lora_rnk: 8", "lora_rnk: unknown key; did you mean lora_rank?"),
         ("learnign_rate: 1", "learnign_rate: unknown key; did you mean learning_rate?"),
         ("zzz: 8", "zzz: unknown key; configs/schema.json lists every key"),
+        ("network_dim: 8", "network_dim: unknown key; here it is called lora_rank"),
+        ("target_modules: [a]", "target_modules: unknown key; here it is called lora_targets"),
+        (
+            "lora_targets: some",
+            'lora_targets: found the text "some", must be one of attention, linear or all, '
+            "or a list",
+        ),
+        ('lora_targets: [to_q, ""]', 'lora_targets.1: found the text "", must not be empty'),
+        ("lora_targets: []", "lora_targets: found a list, must not be empty"),
+        (
+            "cache_latents: maybe",
+            'cache_latents: found the text "maybe", must be auto, or true or false',
+        ),
+        ("max_caption_tokens: 77", "max_caption_tokens: found 77, must be one of 75, 150 or 225"),
         ('lora_rank: "8"', 'lora_rank: found the text "8", must be a whole number'),
         ("lora_rank: 8.0", "lora_rank: found 8.0, must be a whole number"),
         ("lora_rank: true", "lora_rank: found true, must be a whole number"),
@@ -249,10 +264,44 @@ def test_keys_that_do_not_fit_together(file: Path, lines: str, expected: list[st
         assert what in problem
 
 
+@pytest.mark.parametrize(
+    ("lines", "key"),
+    [
+        ("random_crop: true\ncache_latents: true", "cache_latents"),
+        ("mask_dir: m", "mask_dir"),
+        ("keep_tokens: 1", "keep_tokens"),
+        ("zero_terminal_snr: true\nprediction_type: epsilon", "zero_terminal_snr"),
+        ("prior_loss_weight: 0.5", "prior_loss_weight"),
+        ("lr_num_cycles: 5", "lr_num_cycles"),
+        ("text_encoder_learning_rate: 1e-5", "text_encoder_learning_rate"),
+        (
+            "optimizer: prodigy\ntrain_text_encoder: true\ntext_encoder_learning_rate: 0.5",
+            "text_encoder_learning_rate",
+        ),
+    ],
+)
+def test_a_key_that_would_do_nothing_or_cannot_be_is_refused(
+    file: Path, lines: str, key: str
+) -> None:
+    assert [p.split(": ")[1] for p in problems(file, f"{GOOD}{lines}\n")] == [key]
+
+
+def test_rates_follow_the_optimizer(file: Path) -> None:
+    adamw, prodigy = load(file, GOOD), load(file, GOOD, "optimizer=prodigy")
+    assert (adamw.learning_rate, adamw.text_encoder_learning_rate) == (1e-4, 5e-5)
+    assert (prodigy.learning_rate, prodigy.text_encoder_learning_rate) == (1.0, 1.0)
+
+
+def test_every_key_of_another_trainer_leads_to_one_of_ours() -> None:
+    ours = {*ImageConfig.model_fields, *TextConfig.model_fields, *ImageDataset.model_fields}
+    assert set(other_names.HERE.values()) <= ours
+    assert not other_names.HERE.keys() & ours
+
+
 def test_nothing_written(file: Path) -> None:
     assert problems(file, "") == [
         "my.yaml: base_model: missing; "
-        "Hub id, diffusers folder, or .safetensors file in the original SD1.x layout.",
+        "Hub id, diffusers folder, or original .safetensors: SD1.x, SD2.x, SDXL.",
         "my.yaml: output_dir: missing; Folder of this run.",
         "my.yaml: train_data_dir: missing; name the folder of your pictures",
     ]

@@ -72,7 +72,7 @@ class CommonConfig(Section):
         default_factory=lambda data: rate_for(data, 1e-4),
         gt=0,
         le=1,
-        description="Peak learning rate; default: 1e-4, with prodigy 1.0.",
+        description="Peak rate; default: 1e-4 for images, 2e-4 for texts, 1.0 with prodigy.",
     )
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = Field(
         "constant", description="Course of the learning rate after the warm-up."

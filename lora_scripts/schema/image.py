@@ -12,7 +12,7 @@ from lora_scripts.schema.fields import (
     AutoOrBool,
     Fraction,
     ModelField,
-    Name,
+    Names,
     PathField,
     PositiveInt,
 )
@@ -37,9 +37,8 @@ class ImageConfig(CommonConfig):
     repeats: PositiveInt = Field(
         1, description="How often each picture of `train_data_dir` is seen in an epoch."
     )
-    caption_keys: list[Name] | None = Field(
+    caption_keys: Names | None = Field(
         None,
-        min_length=1,
         description="Columns of the captions file; of several one is drawn each time.",
     )
 
@@ -105,7 +104,7 @@ class ImageConfig(CommonConfig):
     )
 
     # --- the LoRA and the training
-    lora_targets: Literal["attention", "linear", "all"] | list[Name] = Field(
+    lora_targets: Literal["attention", "linear", "all"] | Names = Field(
         "attention",
         description="attention; linear: feed-forward, too; all: convolutions, too; or names.",
     )

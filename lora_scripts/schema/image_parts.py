@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from lora_scripts.schema.fields import (
-    Name,
+    Names,
     PathField,
     PositiveInt,
     Section,
@@ -23,9 +23,8 @@ class ImageDataset(Section):
     metadata_path: PathField | None = Field(
         None, description="Captions file; by default metadata.csv, metadata.jsonl or .txt sidecars."
     )
-    caption_keys: list[Name] | None = Field(
+    caption_keys: Names | None = Field(
         None,
-        min_length=1,
         description="Columns of the captions file; of several one is drawn each time.",
     )
     mask_dir: PathField | None = Field(

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from lora_scripts.schema.common import CommonConfig, Dataset, rate_for
-from lora_scripts.schema.fields import ModelField, Name, PositiveInt
+from lora_scripts.schema.fields import ModelField, Names, PositiveInt
 from lora_scripts.schema.text_parts import TextDataset, TextPromptField
 
 
@@ -62,7 +62,7 @@ class TextConfig(CommonConfig):
     )
 
     # --- the LoRA and the training
-    lora_targets: Literal["attention", "linear"] | list[Name] = Field(
+    lora_targets: Literal["attention", "linear"] | Names = Field(
         "linear",
         description="attention; linear: every linear layer of the blocks; or names: [q_proj].",
     )
@@ -80,7 +80,7 @@ class TextConfig(CommonConfig):
         default_factory=lambda data: rate_for(data, 2e-4),
         gt=0,
         le=1,
-        description="Peak learning rate; default: 2e-4, with prodigy 1.0.",
+        description="Peak rate; default: 1e-4 for images, 2e-4 for texts, 1.0 with prodigy.",
     )
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."

@@ -1,0 +1,50 @@
+"""What other trainers, and older versions of this one, call a key: to say so when one is typed."""
+
+from __future__ import annotations
+
+HERE: dict[str, str] = {
+    # kohya's scripts
+    "alpha_mask": "masked_loss",
+    "caption_dropout_rate": "caption_dropout",
+    "caption_tag_dropout_rate": "tag_dropout",
+    "flip_aug": "random_flip",
+    "conditioning_data_dir": "mask_dir",
+    "lr_scheduler_num_cycles": "lr_num_cycles",
+    "max_token_length": "max_caption_tokens",
+    "max_train_epochs": "epochs",
+    "network_alpha": "lora_alpha",
+    "network_dim": "lora_rank",
+    "network_dropout": "lora_dropout",
+    "network_weights": "init_lora",
+    "num_repeats": "repeats",
+    "optimizer_type": "optimizer",
+    "pretrained_model_name_or_path": "base_model",
+    "save_every_n_epochs": "save_every_epochs",
+    "save_every_n_steps": "save_steps",
+    "save_precision": "save_dtype",
+    "shuffle_caption": "shuffle_tags",
+    "text_encoder_lr": "text_encoder_learning_rate",
+    "train_batch_size": "batch_size",
+    "unet_lr": "learning_rate",
+    "v_parameterization": "prediction_type",
+    # diffusers, PEFT, TRL, LLaMA-Factory, Axolotl
+    "cutoff_len": "max_seq_length",
+    "dataset_path": "train_data_dir",
+    "instance_data_dir": "train_data_dir",
+    "learning_rate_scheduler": "lr_scheduler",
+    "lora_r": "lora_rank",
+    "max_length": "max_seq_length",
+    "micro_batch_size": "batch_size",
+    "model_name_or_path": "base_model",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "sequence_len": "max_seq_length",
+    "snr_gamma": "min_snr_gamma",
+    "use_dora": "lora_type",
+    "use_rslora": "lora_type",
+    "vae_path": "vae",
+    "warmup_steps": "lr_warmup_steps",
+    # this one, earlier
+    "target_modules": "lora_targets",
+}

@@ -84,8 +84,10 @@ def allowed(details: Any) -> str:
             return f"must be less than {context['lt']}"
         case "multiple_of":
             return f"must be a multiple of {context['multiple_of']}"
-        case "string_too_short" | "too_short":
+        case "string_too_short":
             return "must not be empty"
+        case "too_short":
+            return "must be a list with at least one entry"
         case "string_too_long":
             return f"must have at most {context['max_length']} characters"
         case "value_error":

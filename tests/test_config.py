@@ -158,7 +158,11 @@ def test_wrong_overrides(file: Path) -> None:
             "or a list",
         ),
         ('lora_targets: [to_q, ""]', 'lora_targets.1: found the text "", must not be empty'),
-        ("lora_targets: []", "lora_targets: found a list, must not be empty"),
+        (
+            "lora_targets: []",
+            "lora_targets: found a list, must be one of attention, linear or all, "
+            "or a list with at least one entry",
+        ),
         (
             "cache_latents: maybe",
             'cache_latents: found the text "maybe", must be auto, or true or false',

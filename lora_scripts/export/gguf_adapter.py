@@ -220,6 +220,9 @@ def _place(layers: Sequence[AdaptedLayer], config: PretrainedConfig) -> list[_Pl
     """Find every layer's tensor, or raise one UserError with all that cannot be expressed."""
     family, names = _family(config), _name_map(config)
     problems = _alpha_problems(layers)
+    if any(layer.magnitude is not None for layer in layers):
+        what = "llama.cpp does not know DoRA; use --merge and convert the merged model"
+        problems.append(Problem("GGUF adapter", what))
     placed: list[_Placed] = []
     for layer in layers:
         tensor = names.get_name(layer.path.replace("model.language_model.", "model.", 1))

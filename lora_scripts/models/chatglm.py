@@ -244,6 +244,8 @@ def original_names(layers: Sequence[AdaptedLayer], config: Mapping[str, Any]) ->
     """
     fused: dict[str, dict[str, AdaptedLayer]] = defaultdict(dict)
     renamed: dict[str, AdaptedLayer | None] = {}  # in order of the layers; None: to be fused
+    if any(layer.magnitude is not None for layer in layers):
+        raise user_error("DoRA", "has no form under the fused names of ChatGLM; use --merge")
     for layer in layers:
         match = _ADAPTED.fullmatch(layer.path)
         module, part = match[2] if match else "", layer.path.rpartition(".")[2]

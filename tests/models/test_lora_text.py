@@ -143,15 +143,14 @@ def test_an_adapter_whose_file_lacks_a_layer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("use_dora", True), ("use_rslora", True), ("modules_to_save", ["lm_head"])],
+    ("key", "value"), [("layer_replication", [[0, 1]]), ("modules_to_save", ["lm_head"])]
 )
-def test_what_plain_lora_cannot_express_is_refused(tmp_path: Path, key: str, value: object) -> None:
+def test_what_is_no_lora_is_refused(tmp_path: Path, key: str, value: object) -> None:
     random_adapter(tmp_path / "a", ["q_proj"], 2, 4, 1)
     path = tmp_path / "a/adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, key: value}), encoding="utf-8")
-    with pytest.raises(UserError, match=f"uses {key}, which plain LoRA cannot express"):
+    with pytest.raises(UserError, match=f"uses {key}, which is not LoRA, rsLoRA or DoRA"):
         lora.read_peft(tmp_path / "a")
 
 
@@ -175,3 +174,23 @@ def test_another_base_is_written_in_and_all_else_stays(tmp_path: Path) -> None:
     before["target_modules"].sort()
     after["target_modules"].sort()
     assert before == after
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora"])
+def test_other_kinds_are_written_as_peft_names_them(tmp_path: Path, kind: lora.Kind) -> None:
+    """Written, then read by PEFT: the logits of the model that was trained."""
+    model = text_toys.model("llama")
+    paths = causal_lm.targets(model, ["q_proj", "down_proj"]).adapted
+    lora.attach(model, paths, rank=4, alpha=6, dropout=0, seed=1, kind=kind)
+    torch.manual_seed(2)
+    for parameter in lora.trainable(model).values():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    layers = lora.layers(model)
+    save_file(lora.peft_tensors(layers, torch.float32), tmp_path / "adapter_model.safetensors")
+    config = json.loads(lora.write_peft_config(tmp_path, model, "a/base").read_text("utf-8"))
+    assert (config["lora_alpha"], config[f"use_{kind}"]) == (6, True)
+    adapted = lora.with_adapters(text_toys.model("llama"), [(tmp_path, 1.0)])
+    bare = causal_lm.probe(text_toys.model("llama"))
+    assert (causal_lm.probe(adapted) - bare).abs().max() > 0.1
+    torch.testing.assert_close(causal_lm.probe(adapted), causal_lm.probe(model), rtol=0, atol=1e-5)
+    assert lora.same(lora.read_peft(tmp_path), layers)

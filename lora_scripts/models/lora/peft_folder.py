@@ -1,16 +1,12 @@
-"""LoRA on a module: attach, list, read out. The only file that imports peft.
-
-The update of a linear layer with weight W is W + (alpha / rank) * up @ down (Hu et al. 2021,
-arXiv 2106.09685), with `down` of shape (rank, in) and `up` of shape (out, rank).
-"""
+"""PEFT directories: LoRAs of language models, written, read, put on a model."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,66 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_scripts.errors import WorkError, user_error
+from lora_scripts.models.lora.layers import (
+    AdaptedLayer,
+    Kind,
+    kind_of,
+    layers,
+    set_strengths,
+)
 
-ADAPTER = "default"
 PREFIX = "base_model.model."  # of every name in PEFT's files
-# what a PEFT adapter may use beyond one scale and two matrices a layer
-_SPECIAL = ("use_rslora", "use_dora", "modules_to_save", "target_parameters",
+MAGNITUDE = "lora_magnitude_vector"
+# what a PEFT adapter may use beyond a scale, two matrices and magnitudes
+_SPECIAL = ("modules_to_save", "target_parameters",
             "trainable_token_indices", "layer_replication")  # fmt: skip
 
 _UNFIT = "this adapter does not fit the base model"
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """The adapter of one layer. `down`: (rank, in, ...), `up`: (out, rank, ...), both float32."""
-
-    path: str
-    down: torch.Tensor
-    up: torch.Tensor
-    alpha: float
-
-
-def attach(
-    module: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float, seed: int
-) -> None:
-    """Freeze `module` and put float32 LoRA layers on every sub-module named in `targets`.
-
-    `targets` are full paths or ends of paths (`to_q`). `down` is drawn from `seed`, `up` is zero,
-    so that the module's output is unchanged. The global generator is left as it was.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    module.requires_grad_(False)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, module, adapter_name=ADAPTER)
-    for parameter in trainable(module).values():
-        parameter.data = parameter.data.float()
-
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by their path in `module`."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def layers(module: nn.Module) -> list[AdaptedLayer]:
-    """The adapters of `module` as float32 copies on the CPU, paths as in the bare module."""
-    from peft.tuners.lora import LoraLayer
-
-    return [
-        AdaptedLayer(
-            path=path,
-            down=layer.lora_A[ADAPTER].weight.detach().float().cpu().clone(),
-            up=layer.lora_B[ADAPTER].weight.detach().float().cpu().clone(),
-            alpha=float(layer.lora_alpha[ADAPTER]),
-        )
-        for path, layer in module.named_modules()
-        if isinstance(layer, LoraLayer)
-    ]
 
 
 def peft_tensors(adapters: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -88,6 +39,8 @@ def peft_tensors(adapters: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[s
     for layer in adapters:
         tensors[f"{PREFIX}{layer.path}.lora_A.weight"] = layer.down.to(dtype).contiguous()
         tensors[f"{PREFIX}{layer.path}.lora_B.weight"] = layer.up.to(dtype).contiguous()
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{layer.path}.{MAGNITUDE}"] = layer.magnitude.to(dtype).contiguous()
     return tensors
 
 
@@ -95,7 +48,7 @@ def write_peft_config(folder: Path, module: nn.Module, base_model: str) -> Path:
     """PEFT's adapter_config.json for the adapters of `module`, a language model."""
     adapters = layers(module)
     targets = _shortest(module, [layer.path for layer in adapters])
-    return _write_config(folder, adapters, targets, base_model)
+    return _write_config(folder, adapters, targets, base_model, kind_of(module))
 
 
 def write_peft(folder: Path, adapters: Sequence[AdaptedLayer], base_model: str) -> None:
@@ -106,16 +59,21 @@ def write_peft(folder: Path, adapters: Sequence[AdaptedLayer], base_model: str) 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(peft_tensors(adapters, torch.float32), folder / "adapter_model.safetensors")
     targets = sorted(layer.path for layer in adapters)
-    _write_config(folder, adapters, targets, base_model)
+    kind: Kind = "lora" if all(layer.magnitude is None for layer in adapters) else "dora"
+    _write_config(folder, adapters, targets, base_model, kind)
 
 
 def _write_config(
-    folder: Path, adapters: Sequence[AdaptedLayer], targets: Sequence[str], base_model: str
+    folder: Path,
+    adapters: Sequence[AdaptedLayer],
+    targets: Sequence[str],
+    base_model: str,
+    kind: Kind,
 ) -> Path:
     from peft import LoraConfig
 
-    ranks = {layer.path: layer.down.shape[0] for layer in adapters}
-    alphas = {layer.path: layer.alpha for layer in adapters}
+    ranks = {layer.path: layer.rank for layer in adapters}
+    alphas = {layer.path: _written_alpha(layer, kind) for layer in adapters}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = LoraConfig(
@@ -124,6 +82,8 @@ def _write_config(
         rank_pattern={re.escape(path): own for path, own in ranks.items() if own != rank},
         alpha_pattern={re.escape(path): own for path, own in alphas.items() if own != alpha},
         target_modules=list(targets),
+        use_dora=kind == "dora",
+        use_rslora=kind == "rslora",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -136,7 +96,7 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
     """The adapters of a PEFT directory as float32, alpha times `scale`.
 
     Raises:
-        UserError: if it holds what plain LoRA cannot express.
+        UserError: if it holds what LoRA, rsLoRA and DoRA cannot express.
     """
     from peft import PeftConfig
     from peft.utils.other import get_pattern_key
@@ -144,15 +104,29 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
     config = PeftConfig.from_pretrained(str(folder))
     special = [name for name in _SPECIAL if getattr(config, name, None)]
     if special:
-        raise user_error(str(folder), f"uses {', '.join(special)}, which plain LoRA cannot express")
+        raise user_error(
+            str(folder), f"uses {', '.join(special)}, which is not LoRA, rsLoRA or DoRA"
+        )
     tensors = load_file(folder / "adapter_model.safetensors")
     found = []
     for path in _adapted_paths(tensors):
         key = get_pattern_key(config.alpha_pattern, path)
         alpha = float(config.alpha_pattern.get(key, config.lora_alpha))
         down, up = (tensors[f"{PREFIX}{path}.lora_{side}.weight"].float() for side in "AB")
-        found.append(AdaptedLayer(path, down, up, alpha * scale))
+        if config.use_rslora:
+            alpha *= math.sqrt(down.shape[0])
+        magnitude = tensors.get(f"{PREFIX}{path}.{MAGNITUDE}")
+        found.append(
+            AdaptedLayer(
+                path, down, up, alpha * scale, None if magnitude is None else magnitude.float()
+            )
+        )
     return found
+
+
+def _written_alpha(layer: AdaptedLayer, kind: Kind) -> float:
+    """The alpha of the config: readers of an rsLoRA divide by √rank, not by the rank."""
+    return layer.alpha / math.sqrt(layer.rank) if kind == "rslora" else layer.alpha
 
 
 def _adapted_paths(names: Iterable[str]) -> list[str]:
@@ -168,8 +142,15 @@ def same(first: Sequence[AdaptedLayer], second: Sequence[AdaptedLayer]) -> bool:
         torch.equal(a[path].down, b[path].down)
         and torch.equal(a[path].up, b[path].up)
         and a[path].alpha == b[path].alpha
+        and _same_magnitude(a[path].magnitude, b[path].magnitude)
         for path in a
     )
+
+
+def _same_magnitude(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def name_base(folder: Path, base_model: str) -> None:
@@ -230,6 +211,7 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise user_error(str(folder), f"{_UNFIT}: {reason}") from None
         _check_complete(adapted, name, folder)
+    adapted.base_model.set_adapter(names, inference_mode=True)
     set_strengths(adapted, dict(zip(names, (scale for _, scale in adapters), strict=True)))
     return adapted.eval()
 
@@ -276,44 +258,3 @@ def _check_complete(adapted: Any, name: str, folder: Path) -> None:
     if empty := sorted(there - given):
         more = f" and {len(empty) - 1} more layers" if len(empty) > 1 else ""
         raise user_error(str(folder), f"{_UNFIT}: it has no matrices for {empty[0]}{more}")
-
-
-def set_strengths(adapted: Any, strengths: Mapping[str, float]) -> None:
-    """Let the adapters of these names act together, each at its strength."""
-    from peft.tuners.lora import LoraLayer
-
-    adapted.base_model.set_adapter(list(strengths), inference_mode=True)
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            for name, scale in strengths.items():
-                module.set_scale(name, scale)
-
-
-def round_to(module: nn.Module, dtype: torch.dtype) -> None:
-    """Round the adapters to `dtype` and hold them in float32 again, as a reader of a file would."""
-    for parameter in trainable(module).values():
-        parameter.data = parameter.data.to(dtype).float()
-
-
-def describe(module: nn.Module) -> str:
-    """What is adapted, in words: `128 layers (32 each of to_k, to_out.0, to_q, to_v)`."""
-    kinds = Counter(_kind(layer.path) for layer in layers(module))
-    by_count: dict[int, list[str]] = {}
-    for kind, count in sorted(kinds.items()):
-        by_count.setdefault(count, []).append(kind)
-    groups = [f"{count} each of {', '.join(names)}" for count, names in by_count.items()]
-    return f"{kinds.total()} layers ({'; '.join(groups)})"
-
-
-def share(modules: Mapping[str, nn.Module]) -> str:
-    """Trainable parameters and their share of the base: `797,184 of 860,318,148 (0.093%)`."""
-    trained = sum(p.numel() for module in modules.values() for p in trainable(module).values())
-    total = sum(p.numel() for module in modules.values() for p in module.parameters())
-    base = total - trained
-    return f"{trained:,} parameters, {100 * trained / base:.3f}% of the base's {base:,}"
-
-
-def _kind(path: str) -> str:
-    """The part of a path that says what a layer does: `to_q`, or `to_out.0`."""
-    *_, before, last = path.split(".")
-    return f"{before}.{last}" if last.isdigit() else last

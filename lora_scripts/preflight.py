@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 import os
 import platform
@@ -25,6 +26,12 @@ CUDA_INSTALL = (
     "--index-url https://download.pytorch.org/whl/cu130"
 )
 
+OPTIMIZER_PACKAGES = {
+    "adamw8bit": "bitsandbytes",
+    "lion": "lion-pytorch",
+    "prodigy": "prodigyopt",
+}
+
 Row = tuple[Any, Any]  # a record and the dataset that it stands in
 
 
@@ -37,6 +44,8 @@ def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
     problems = list(draft.problems)
     problems += _base_model(draft, is_text=is_text)
     problems += _output(draft)
+    problems += _optimizer(draft)
+    problems += _init_lora(draft, is_text=is_text)
     rows: list[Row] = []
     for location, dataset in _datasets(draft):
         trouble = _data_trouble(dataset.path, file_too=is_text)
@@ -106,6 +115,34 @@ def _base_model(draft: Draft, *, is_text: bool) -> list[Problem]:
         where = draft.source.where("base_model")
         return [Problem(where, f"{p.where}: {p.what}", severity=p.severity) for p in error.problems]
     return []
+
+
+def _optimizer(draft: Draft) -> list[Problem]:
+    """An optimizer of a package that is not installed."""
+    name = draft.values.get("optimizer")
+    package = OPTIMIZER_PACKAGES.get(name) if isinstance(name, str) else None
+    if package is None or importlib.util.find_spec(package.replace("-", "_")) is not None:
+        return []
+    what = f"found {name}, which needs a package that is not installed: pip install {package}"
+    return [Problem(draft.source.where("optimizer"), what)]
+
+
+def _init_lora(draft: Draft, *, is_text: bool) -> list[Problem]:
+    """A finished LoRA that is not there, or is of the other kind."""
+    value = draft.values.get("init_lora")
+    if not isinstance(value, str) or not value:
+        return []
+    path = Path(value).expanduser()
+    name = run_files.ADAPTER_NAME if is_text else run_files.DIFFUSERS_NAME
+    try:
+        is_there = (path / name).is_file() if path.is_dir() else path.is_file() and not is_text
+    except OSError as error:  # a name too long, a folder that may not be entered
+        what = f"found {value}, but it cannot be looked at: {error.strerror}"
+        return [Problem(draft.source.where("init_lora"), what)]
+    if is_there:
+        return []
+    wanted = f"a folder with {name}" if is_text else f"a .safetensors file or a folder with {name}"
+    return [Problem(draft.source.where("init_lora"), f"found {value}; expected {wanted}")]
 
 
 def _output(draft: Draft) -> list[Problem]:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from lora_scripts import run_files
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import replace
-from lora_scripts.schema import Config
+from lora_scripts.schema import Config, ImageConfig, TextConfig
 from lora_scripts.training import checkpoint
 from lora_scripts.training.checkpoint import State
 
@@ -31,7 +31,7 @@ FREE_KEYS = frozenset(
         "mixed_precision", "gradient_checkpointing",
         "eval_steps", "histogram_steps", "sample_steps", "sample_prompts",
         "output_dir", "output_name", "save_steps", "save_every_epochs", "save_total_limit",
-        "save_dtype", "resume", "trust_remote_code",
+        "save_dtype", "resume", "trust_remote_code", "vae", "cache_latents",
     }
 )  # fmt: skip
 
@@ -122,10 +122,10 @@ def _is_finished(folder: Path, config: Config, state: State) -> bool:
 
 
 def _refuse_changes(config: Config, path: Path, state: State) -> None:
-    now = config.model_dump(mode="json")
-    changed = [key for key in now if key not in FREE_KEYS and now[key] != state.config.get(key)]
+    now, then = config.model_dump(mode="json"), _in_todays_keys(state.config, type(config))
+    changed = [key for key in now if key not in FREE_KEYS and now[key] != then[key]]
     problems = [
-        Problem(key, f"found {now[key]}, but {path.name} was trained with {state.config.get(key)}")
+        Problem(key, f"found {now[key]}, but {path.name} was trained with {then[key]}")
         for key in changed
     ]
     if config.mixed_precision not in ("auto", state.precision):
@@ -133,6 +133,22 @@ def _refuse_changes(config: Config, path: Path, state: State) -> None:
         problems.append(Problem("mixed_precision", what))
     if problems:
         raise UserError([*problems, Problem(str(config.output_dir), _ways_on())])
+
+
+def _in_todays_keys(
+    config: Mapping[str, Any], schema: type[ImageConfig] | type[TextConfig]
+) -> dict[str, Any]:
+    """A checkpoint's config; keys that are newer than it at their defaults."""
+    renamed = dict(config)
+    if "target_modules" in renamed:  # until there were presets
+        renamed["lora_targets"] = renamed.pop("target_modules") or "linear"
+    newer = {key: value for key, value in _defaults(schema, renamed).items() if key not in renamed}
+    return {**renamed, **newer}
+
+
+def _defaults(schema: type[ImageConfig] | type[TextConfig], known: Mapping[str, Any]) -> Any:
+    """What the keys are that were left out."""
+    return schema.model_construct(**known).model_dump(mode="json", warnings=False)
 
 
 def _ways_on() -> str:

@@ -115,6 +115,24 @@ def test_damaged_picture(folder: Path) -> None:
     assert "(metadata.csv line 3)" in problem
 
 
+def test_a_lora_to_go_on_from_that_is_not_there(folder: Path) -> None:
+    wanted = "expected a .safetensors file or a folder with pytorch_lora_weights.safetensors"
+    assert inputs(init_lora="old") == [f"my.yaml line 4: init_lora: found old; {wanted}"]
+    assert inputs(init_lora="data") == [f"my.yaml line 4: init_lora: found data; {wanted}"]
+    Path("old").mkdir()
+    Path("old/pytorch_lora_weights.safetensors").touch()
+    assert inputs(init_lora="old") == []
+
+
+def test_an_optimizer_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inputs(optimizer="prodigy") == []
+    monkeypatch.setitem(preflight.OPTIMIZER_PACKAGES, "prodigy", "no-such-package")
+    assert inputs(optimizer="prodigy") == [
+        "my.yaml line 4: optimizer: found prodigy, which needs a package that is not installed: "
+        "pip install no-such-package"
+    ]
+
+
 def test_all_kinds_of_mistakes_in_one_answer(folder: Path) -> None:
     with (folder / "metadata.csv").open("a", encoding="utf-8") as stream:
         stream.write("img99.png,a picture that is not there\nimg00.png, a comma, no quotes\n")

@@ -21,6 +21,7 @@ from lora_scripts.models.causal_lm import CausalLM
 from lora_scripts.randomness import seed_of
 from lora_scripts.run_files import SYSTEM_PROMPT
 from lora_scripts.schema import TextConfig, TextPrompt
+from lora_scripts.tasks.going_on import start_from
 from lora_scripts.tasks.task import Batch, Indices, Key, Loss
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class LanguageTask:
     @property
     def adapted(self) -> Mapping[str, nn.Module]:
         return {"model": self.base.model}
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]:
+        return {"model": self.config.learning_rate}
 
     @property
     def data(self) -> text.Dealt:
@@ -90,7 +95,11 @@ class LanguageTask:
             alpha=self.config.lora_alpha,
             dropout=self.config.lora_dropout,
             seed=seed_of(self.config.seed, "lora", "model"),
+            kind=self.config.lora_type,
         )
+        if self.config.init_lora is not None:
+            finished = lora.read_peft(self.config.init_lora)
+            start_from(self.config.init_lora, self.adapted, {"model": finished})
         if self.config.gradient_checkpointing:
             causal_lm.checkpoint_gradients(self.base.model)
 

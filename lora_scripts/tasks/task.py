@@ -49,6 +49,10 @@ class Task(Protocol):
         """The modules that carry adapters, by name: {"unet": …}."""
 
     @property
+    def learning_rates(self) -> Mapping[str, float]:
+        """The peak learning rate of each of them, in the same order."""
+
+    @property
     def fingerprint(self) -> Mapping[str, str]:
         """Hashes of what a run must find unchanged to go on: {"data": …, "base_model": …}."""
 

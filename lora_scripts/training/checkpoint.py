@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lora_scripts.errors import UserError, user_error
 from lora_scripts.files import file_hash, replace, sync, write_text
 
 FORMAT_VERSION = 2
+ADAPTER = "adapter."  # before the names of the adapters as they are trained
 ADDED_IN_2: dict[str, Any] = {"best": None, "tallies": {}, "passing": False}
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 
@@ -209,13 +210,14 @@ def pack(
 
     `parameters` must be in the order in which the optimizer was given them.
     """
-    tensors = {f"adapter.{name}": p.detach().cpu() for name, p in parameters.items()}
+    tensors = {f"{ADAPTER}{name}": p.detach().cpu() for name, p in parameters.items()}
     numbers: dict[str, Any] = {"state": {}, "groups": []}
     saved = optimizer.state_dict()
     for index, name in enumerate(parameters):
-        for field, value in saved["state"].get(index, {}).items():
+        for field, value in _flat(saved["state"].get(index, {})):
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{name}.{field}"] = value.detach().cpu()
+                # a copy: 8-bit states share their tables, which a file may not
+                tensors[f"optimizer.{name}.{field}"] = value.detach().cpu().clone()
             else:
                 numbers["state"].setdefault(name, {})[field] = value
     for group in saved["param_groups"]:
@@ -228,8 +230,8 @@ def unpack(
     state: State,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-) -> None:
-    """Put a checkpoint's adapters and optimizer state back.
+) -> dict[str, torch.Tensor]:
+    """Put a checkpoint's adapters and optimizer state back. Returns all tensors of it.
 
     Raises:
         UserError: if the checkpoint belongs to other layers or another rank.
@@ -238,11 +240,12 @@ def unpack(
     entries: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(parameters):
         prefix = f"optimizer.{name}."
-        entries[index] = dict(state.optimizer["state"].get(name, {})) | {
+        fields = dict(state.optimizer["state"].get(name, {})) | {
             key.removeprefix(prefix): tensor
             for key, tensor in tensors.items()
             if key.startswith(prefix) and "." not in key.removeprefix(prefix)
         }
+        entries[index] = _nested(fields)
     indices = iter(range(len(parameters)))
     groups = [
         {**saved, "params": [next(indices) for _ in group["params"]]}
@@ -251,20 +254,21 @@ def unpack(
     optimizer.load_state_dict(
         {"state": {i: e for i, e in entries.items() if e}, "param_groups": groups}
     )
+    return tensors
 
 
 def load_adapters(
-    checkpoint: Path, parameters: Mapping[str, nn.Parameter]
+    checkpoint: Path, parameters: Mapping[str, nn.Parameter], kept: str = ADAPTER
 ) -> dict[str, torch.Tensor]:
-    """Put a checkpoint's adapters back. Returns all tensors of the checkpoint.
+    """Put a checkpoint's adapters back: those whose names begin with `kept`.
+
+    Returns all tensors of the checkpoint.
 
     Raises:
         UserError: if the checkpoint belongs to other layers or another rank.
     """
     tensors = load_file(checkpoint / "training.safetensors")
-    adapters = {
-        n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")
-    }
+    adapters = {n.removeprefix(kept): t for n, t in tensors.items() if n.startswith(kept)}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if {name: tuple(t.shape) for name, t in adapters.items()} != shapes:
         what = "its adapters do not have the layers and shapes of this config"
@@ -275,7 +279,9 @@ def load_adapters(
     return tensors
 
 
-def go_back(folder: Path, best: Best, parameters: Mapping[str, nn.Parameter]) -> Position:
+def go_back(
+    folder: Path, best: Best, parameters: Mapping[str, nn.Parameter], kept: str = ADAPTER
+) -> Position:
     """Put the adapters of the best checkpoint back. Returns where the run stood there.
 
     Raises:
@@ -283,8 +289,29 @@ def go_back(folder: Path, best: Best, parameters: Mapping[str, nn.Parameter]) ->
     """
     path = folder / name_of(best.step)
     position = read_state(path).position
-    load_adapters(path, parameters)
+    load_adapters(path, parameters, kept)
     return position
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields of an optimizer's state; those of a map in it (bitsandbytes') as `map/field`."""
+    for field, value in fields.items():
+        if isinstance(value, dict):
+            yield from ((f"{field}/{inner}", part) for inner, part in value.items())
+        else:
+            yield field, value
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_flat` took apart, put together again."""
+    whole: dict[str, Any] = {}
+    for field, value in fields.items():
+        outer, slash, inner = field.partition("/")
+        if slash:
+            whole.setdefault(outer, {})[inner] = value
+        else:
+            whole[field] = value
+    return whole
 
 
 def _remove(checkpoint: Path) -> None:

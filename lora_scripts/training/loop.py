@@ -26,6 +26,7 @@ from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Batch, Indices, Key, Task
 from lora_scripts.training import checkpoint, optim
+from lora_scripts.training.averaging import PREFIX, Average
 from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.evaluate import held_out_loss, to_device
 from lora_scripts.training.log import RunLog
@@ -76,12 +77,15 @@ def train(
     Raises:
         WorkError: if the loss or a gradient is not finite.
     """
+    by_component = {name: lora.trainable(module) for name, module in task.adapted.items()}
     parameters = trained_parameters(task)
-    optimizer = optim.OPTIMIZERS[config.optimizer](parameters.values(), config)
+    optimizer = optim.make(by_component, task.learning_rates, config)
+    peaks = [task.learning_rates[component] for component in by_component]
+    average = Average(parameters, config.ema_decay)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     position = Position()
     if start is not None:
-        checkpoint.unpack(*start, parameters, optimizer)
+        average.load(checkpoint.unpack(*start, parameters, optimizer))
         scaler.load_state_dict(dict(start[1].scaler))
         position = start[1].position
     best = start[1].best if start else None
@@ -91,6 +95,7 @@ def train(
     def save(position: Position, *, passing: bool) -> None:
         log.flush()
         tensors, numbers = checkpoint.pack(parameters, optimizer)
+        tensors |= average.tensors()
         state = State(
             position=position,
             best=best,
@@ -103,22 +108,24 @@ def train(
             config=config.model_dump(mode="json"),
             fingerprint=task.fingerprint,
         )
-        path = checkpoint.write(
-            folder / CHECKPOINTS,
-            state,
-            tensors,
-            lambda target: write_adapter(target, position),
-            config.save_total_limit,
-        )
+        with average.shown():
+            path = checkpoint.write(
+                folder / CHECKPOINTS,
+                state,
+                tensors,
+                lambda target: write_adapter(target, position),
+                config.save_total_limit,
+            )
         logger.info("step %d: checkpoint %s", position.step, path)
 
     def look(step: int, *, sampling: bool, measuring: bool) -> float | None:
         switch(task, training=False)
-        loss = held_out_loss(task, config.seed, compute) if measuring else None
-        if loss is not None:
-            log.evaluation(step, loss)
-        if sampling:
-            log.samples(step, task.sample(Key(config.seed, "validation", 0)))
+        with average.shown():
+            loss = held_out_loss(task, config.seed, compute) if measuring else None
+            if loss is not None:
+                log.evaluation(step, loss)
+            if sampling:
+                log.samples(step, task.sample(Key(config.seed, "validation", 0)))
         return loss
 
     with RunLog(folder, position.step, total_steps) as log, stop_signals() as stopped:
@@ -128,8 +135,7 @@ def train(
         for step, batches in prefetched(task, todo):
             # ---------------------------------------------------------------- the training step
             switch(task, training=True)
-            for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(config, step.after.step - 1, total_steps)
+            optim.set_rates(optimizer, peaks, config, step.after.step - 1, total_steps)
             total = torch.zeros((), device=compute.device)
             count, seen = 0.0, position.samples
             for indices, batch in zip(step.micro_batches, batches, strict=True):
@@ -148,12 +154,13 @@ def train(
                 clip_grads_with_norm_(parameters.values(), config.max_grad_norm, norm)
             scaler.step(optimizer)
             scaler.update()
+            average.update(step.after.step)
             # ------------------------------------------------------------- noted, looked at, saved
             position = step.after
             numbers = {
                 "epoch": step.key.epoch + 1,
                 "loss": float(total) / count,
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                **optim.noted_rates(optimizer, list(by_component)),
                 "grad_norm": float(norm),
                 "samples": position.samples,
             }
@@ -178,8 +185,10 @@ def train(
                 break
     switch(task, training=False)
     exported, interrupted = position, position.step < total_steps and not exhausted(best, config)
+    average.take()
     if config.early_stopping_patience and best and not interrupted:
-        exported = checkpoint.go_back(folder / CHECKPOINTS, best, parameters)
+        kept = PREFIX if config.ema_decay else checkpoint.ADAPTER
+        exported = checkpoint.go_back(folder / CHECKPOINTS, best, parameters, kept)
     return Outcome(position, total_steps, interrupted, best, exported)
 
 

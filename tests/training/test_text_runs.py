@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_scripts import pipeline
+from lora_scripts.errors import UserError
 from lora_scripts.tasks.language import LanguageTask
 from lora_scripts.training import checkpoint, loop
 from lora_scripts.training.checkpoint import Best
@@ -156,3 +157,52 @@ def test_sampling_leaves_the_training_as_it_was(llama: Path, rows: Path, tmp_pat
     )
     a, b = (load_file(output / "adapter_model.safetensors") for output in (plain, other))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora"])
+def test_a_run_goes_on_from_a_finished_lora(
+    llama: Path, rows: Path, tmp_path: Path, kind: str
+) -> None:
+    """The first measurement of the second run is the last one of the first."""
+    options: dict[str, Any] = {"lora_type": kind, "save_dtype": "fp32", "lora_targets": "attention"}
+    _, first = runs.run_text(llama, rows, tmp_path / "first", **options)
+    _, second = runs.run_text(
+        llama, rows, tmp_path / "second", init_lora=str(first), lora_alpha=3, **options
+    )
+    ends = [[row["eval_loss"] for row in runs.metrics(run) if "eval_loss" in row]
+            for run in (first, second)]  # fmt: skip
+    assert ends[1][0] == pytest.approx(ends[0][-1], rel=1e-5)
+    assert ends[1][0] < 0.98 * ends[0][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"lora_rank": 8}, "has the rank 4, not 8"),
+        ({"lora_type": "dora"}, "one of the two is DoRA"),
+        ({"lora_targets": ["q_proj"]}, "carry no LoRA here"),
+    ],
+)
+def test_a_finished_lora_of_another_shape_is_refused_by_key(
+    llama: Path, rows: Path, tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
+    _, first = runs.run_text(llama, rows, tmp_path / "first", epochs=1)
+    with pytest.raises(UserError, match=what) as caught:
+        runs.run_text(llama, rows, tmp_path / "second", init_lora=str(first), **changes)
+    assert "init_lora" in caught.value.problems[0].where
+
+
+def test_checkpoints_of_before_the_presets_are_gone_on_from(
+    llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    """They say `target_modules`, and know no lora_type, ema_decay …"""
+    with runs.terminated(LanguageTask, loss=2):
+        _, output = runs.run_text(llama, rows, tmp_path)
+    state = next((output / "checkpoints").iterdir()) / "state.json"
+    values = json.loads(state.read_text(encoding="utf-8"))
+    for key in ("lora_type", "ema_decay", "init_lora", "lr_num_cycles", "lora_targets"):
+        del values["config"][key]
+    values["config"]["target_modules"] = None
+    state.write_text(json.dumps(values), encoding="utf-8")
+    code, _ = runs.run_text(llama, rows, tmp_path)
+    assert code == pipeline.EXIT_DONE

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from lora_scripts.device import choose
 from lora_scripts.logs import quiet_libraries
+from lora_scripts.models import lora_file
 from lora_scripts.models.family import DrawRequest, ImageFamily
 from lora_scripts.tasks import build
 
@@ -80,7 +81,7 @@ def main() -> None:
 
     family = build.load_family(build.find_base(arguments.base), choose("auto", "auto"))
     sets = {"base": draw_all(family, held_out)}
-    family.load_loras([(arguments.lora, arguments.scale)])
+    lora_file.put_on(family, [(arguments.lora, arguments.scale)])
     sets["base + LoRA"] = draw_all(family, held_out)
     sets["real drawings of the style"] = real
     scale_F = features(drawings.pixels_NHWC).std(axis=0)

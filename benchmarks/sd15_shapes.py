@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_scripts.models.sd1_configs import clip_tokenizer, packaged_config
+from lora_scripts.models.packaged import clip_tokenizer, packaged_config
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ((512, "auto", False), (512, "auto", True), (768, "auto", True))
@@ -46,11 +46,11 @@ def save_base(folder: Path) -> None:
     """A diffusers folder of SD1.5's exact shapes in float16."""
     torch.manual_seed(0)
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(packaged_config("unet")).half(),
-        vae=AutoencoderKL.from_config(packaged_config("vae")).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**packaged_config("text_encoder"))).half(),
+        unet=UNet2DConditionModel.from_config(packaged_config("sd1", "unet")).half(),
+        vae=AutoencoderKL.from_config(packaged_config("sd1", "vae")).half(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**packaged_config("sd1", "text_encoder"))).half(),
         tokenizer=clip_tokenizer(),
-        scheduler=PNDMScheduler.from_config(packaged_config("scheduler")),
+        scheduler=PNDMScheduler.from_config(packaged_config("sd1", "scheduler")),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -26,6 +26,11 @@ class Adapter:
     path: Path
     scale: float
 
+    @property
+    def label(self) -> str:
+        """What stands above its pictures."""
+        return f"{self.path.stem or self.path.name} : {self.scale:g}"
+
 
 def parse(text: str) -> Adapter:
     """`PATH` or `PATH:SCALE`; a Windows drive's colon is no scale."""
@@ -36,6 +41,13 @@ def parse(text: str) -> Adapter:
         return Adapter(Path(text), 1.0)
     is_scale = colon and path and math.isfinite(scale)
     return Adapter(Path(path), scale) if is_scale else Adapter(Path(text), 1.0)
+
+
+def is_for_images(path: Path) -> bool:
+    """Whether a path is a LoRA file, or a folder with one, for a model of images."""
+    if path.is_dir():
+        return (path / DIFFUSERS_NAME).is_file()
+    return path.suffix.lower() == ".safetensors" and path.name != ADAPTER_NAME
 
 
 def check(adapters: Sequence[Adapter]) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lora_scripts.errors import UserError, WorkError
+from lora_scripts.errors import UserError, WorkError, user_error
 
 app = typer.Typer(
     name="lora-scripts",
@@ -52,17 +52,40 @@ def train(
 
 @app.command()
 def sample(
-    base: Annotated[str, typer.Option(help="Base model: hub id, folder or .safetensors file.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    base: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .safetensors file; default: the config's.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw, several times; default: the config's sample_prompts."),
+    ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="PATH or PATH:SCALE; several times: one column each beside the base."),
+        typer.Option(help="PATH or PATH:SCALE; several act together. Default: the config's run."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Each --lora alone, in a column of its own.")
+    ] = False,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="all, or steps (100,200): a run's checkpoints, side by side.")
+    ] = None,
+    scales: Annotated[str, typer.Option(help="Strengths of the checkpoints: 0.5,0.8,1")] = "1",
+    config: Annotated[
+        Path | None, typer.Option(help="Draw as the training with this YAML file does.")
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE than the base's.")] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(min=1, max=12, help="Text encoder layer from the end.")
     ] = None,
     output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("sample.png"),
-    negative_prompt: Annotated[str, typer.Option(help="What not to show.")] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Noise seed; the same for every cell.")] = 42,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Guidance; 1 is none.")] = 7.5,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Noise seed, the same for every cell; default: 42.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: 25.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Guidance, 1 is none; default: 7.5.")
+    ] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Pixels; default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -75,6 +98,12 @@ def sample(
         base=base,
         prompts=prompt,
         loras=[adapters.parse(text) for text in lora or ()],
+        compare=compare,
+        checkpoints=checkpoints,
+        scales=_scales(scales),
+        config=config,
+        vae=vae,
+        clip_skip=clip_skip,
         output=output,
         negative_prompt=negative_prompt,
         seed=seed,
@@ -85,6 +114,24 @@ def sample(
         device=device,
     )
     sampling.run(request)
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise user_error(f"--scales {text}", "must be numbers: 0.5,0.8,1") from None
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A LoRA's file, or the output folder of a run.")],
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what a LoRA file is: family, layers, ranks, alphas, header, which programs read it."""
+    from lora_scripts import inspect_lora
+
+    inspect_lora.run(file, as_json=json)
 
 
 @app.command()
@@ -144,16 +191,23 @@ def chat(
 @app.command()
 def export(
     lora: Annotated[
-        list[str], typer.Option(help="PATH or PATH:SCALE of a finished text LoRA; --merge: more.")
+        list[str], typer.Option(help="PATH or PATH:SCALE of a LoRA; several with --merge.")
     ],
     merge: Annotated[
-        bool, typer.Option("--merge", help="A transformers folder with the LoRA added in.")
+        bool, typer.Option("--merge", help="The base with the LoRAs in it, as a folder.")
+    ] = False,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Images: merged, as one checkpoint for WebUIs.")
     ] = False,
     base: Annotated[
-        bool, typer.Option("--base", help="The converted base of a .gguf or ChatGLM run.")
+        bool, typer.Option("--base", help="Texts: the converted base of a .gguf or ChatGLM run.")
     ] = False,
     format: Annotated[
-        str | None, typer.Option(help="gguf (llama.cpp, Ollama) or chatglm (original names).")
+        str | None,
+        typer.Option(help="Images: diffusers, webui. Texts: gguf (llama.cpp, Ollama), chatglm."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Images: resize to this rank, the error is shown.")
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base model; default: what the LoRA names.")
@@ -163,25 +217,46 @@ def export(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Write a finished text LoRA in another form."""
-    from lora_scripts import adapters, convert
-    from lora_scripts.errors import user_error
+    """Write a finished LoRA in another form."""
+    from lora_scripts import adapters, convert, convert_image
 
-    if format not in (None, "gguf", "chatglm"):
-        raise user_error(f"--format {format}", "must be gguf or chatglm")
-    chosen: dict[convert.Form, bool] = {
-        "merged": merge,
+    loras = [adapters.parse(text) for text in lora]
+    wanted = {
+        "merged": merge and not single_file,
+        "single-file": single_file,
         "base": base,
-        "gguf": format == "gguf",
-        "chatglm": format == "chatglm",
+        **{name: format == name for name in ("diffusers", "webui", "gguf", "chatglm")},
     }
-    wanted = [form for form, is_wanted in chosen.items() if is_wanted]
-    if len(wanted) != 1:
-        raise user_error("export", "give one of --merge, --base, --format gguf, --format chatglm")
+    if format is not None and not wanted.get(format):
+        what = "must be diffusers, webui, gguf or chatglm"
+        raise user_error(f"--format {format}", what)
+    forms = [form for form, is_wanted in wanted.items() if is_wanted]
+    if not forms and rank is not None:
+        forms = ["webui"]
+    if len(forms) != 1:
+        what = "give one of --merge, --single-file, --base, --format NAME, --rank N"
+        raise user_error("export", what)
+    if adapters.is_for_images(loras[0].path):
+        if forms[0] in ("base", "gguf", "chatglm"):
+            raise user_error(f"--lora {loras[0].path}", f"is for images; {forms[0]} is for texts")
+        convert_image.run(
+            convert_image.ConvertRequest(
+                form=forms[0],  # type: ignore[arg-type]
+                loras=loras,
+                base=base_model,
+                rank=rank,
+                output=output,
+                device=device,
+            )
+        )
+        return
+    if forms[0] in ("diffusers", "webui", "single-file") or rank is not None:
+        what = "is no LoRA for images, which --format diffusers|webui, --rank, --single-file need"
+        raise user_error(f"--lora {loras[0].path}", what)
     convert.run(
         convert.ConvertRequest(
-            form=wanted[0],
-            loras=[adapters.parse(text) for text in lora],
+            form=forms[0],  # type: ignore[arg-type]
+            loras=loras,
             base=base_model,
             output=output,
             device=device,

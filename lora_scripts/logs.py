@@ -43,6 +43,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # and says what it mends itself for GPT-2's layers
     warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but", UserWarning)
+    # bitsandbytes, of a kernel for 4 bits on CPUs that is not used
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

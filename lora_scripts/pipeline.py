@@ -192,17 +192,19 @@ def _say_how_it_ended(config: Config, outcome: Outcome) -> None:
 def _announce(task: AnyTask, config: Config, compute: Compute) -> None:
     """What is about to happen, in numbers, before the first step."""
     from lora_scripts.models import lora
-    from lora_scripts.training import loop
+    from lora_scripts.training import steps
 
-    total = loop.count_steps(task, config)
+    total = steps.count(task, config)
     per_step = config.batch_size * config.gradient_accumulation_steps
     views = total * per_step / task.items
     epochs_end = config.max_train_steps is None or total < config.max_train_steps
     logger.info("Device %s, precision %s", _device_name(compute), compute.precision)
+    kind = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}[config.lora_type]
     for component, module in task.adapted.items():
         logger.info(
-            "LoRA on %s: %s (rank %d, alpha %g)",
-            component, lora.describe(module), config.lora_rank, config.lora_alpha,
+            "%s on %s: %s (rank %d, alpha %g, learning rate %g)",
+            kind, component, lora.describe(module), config.lora_rank, config.lora_alpha,
+            task.learning_rates[component],
         )  # fmt: skip
     logger.info("Trainable: %s", lora.share(task.adapted))
     logger.info("Data: %s", task.describe())

@@ -8,15 +8,16 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_scripts import run_files
 from lora_scripts.config import Draft, schema_of
-from lora_scripts.data import conversations, records, validate
+from lora_scripts.data import conversations, masks, records, validate
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.models import hub, signature, text_signature
+from lora_scripts.models import hub, signature, text_signature, vae_signature
 from lora_scripts.schema import Dataset, ImageDataset, TextConfig, TextDataset
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ OPTIMIZER_PACKAGES = {
     "prodigy": "prodigyopt",
 }
 
+Location = tuple[str | int, ...]  # of a key in the config
 Row = tuple[Any, Any]  # a record and the dataset that it stands in
 
 
@@ -42,7 +44,10 @@ def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
     """
     is_text = schema_of(draft.values) is TextConfig
     problems = list(draft.problems)
-    problems += _base_model(draft, is_text=is_text)
+    read_base = text_signature.read_text_signature if is_text else signature.read_signature
+    problems += _model(draft, "base_model", read_base)
+    if not is_text:
+        problems += _model(draft, "vae", vae_signature.read_vae)
     problems += _output(draft)
     problems += _optimizer(draft)
     problems += _init_lora(draft, is_text=is_text)
@@ -53,12 +58,14 @@ def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
             what = f"found {dataset.path}, {trouble}"
             problems.append(Problem(draft.source.where(*location), what))
             continue
-        problems += _output_among_data(draft, dataset)
+        problems += _output_among_data(draft, dataset) + _mask_dir(draft, location, dataset)
         found, row_problems = _read(dataset)
-        problems += row_problems
+        problems += [_placed(draft, location, problem) for problem in row_problems]
         rows += [(record, dataset) for record in found]
     if not is_text:
         problems += validate.check([record for record, _ in rows])
+        if draft.values.get("masked_loss") is True:
+            problems += [draft.source.locate(problem) for problem in masks.check(rows)]
     return rows, problems
 
 
@@ -67,7 +74,9 @@ def _read(dataset: Dataset) -> tuple[Sequence[Any], list[Problem]]:
     try:
         match dataset:
             case ImageDataset():
-                return records.read_images(dataset.path, dataset.metadata_path)
+                return records.read_images(
+                    dataset.path, dataset.metadata_path, dataset.caption_keys
+                )
             case TextDataset():
                 found = conversations.read_texts(dataset.path, dataset.metadata_path)
                 forms = ", ".join(f"{count:,} × {form}" for form, count in found.forms.items())
@@ -76,6 +85,13 @@ def _read(dataset: Dataset) -> tuple[Sequence[Any], list[Problem]]:
                 return found.records, found.problems
     except OSError as error:  # a name too long, a file that may not be read
         return [], [Problem(str(error.filename), f"{error.strerror}")]
+
+
+def _placed(draft: Draft, location: Location, problem: Problem) -> Problem:
+    """A problem that names a key of a dataset, with the key's place in the file."""
+    if problem.where not in ImageDataset.model_fields:
+        return problem
+    return replace(problem, where=draft.source.where(*location[:-1], problem.where))
 
 
 def environment(device: str) -> None:
@@ -101,18 +117,17 @@ def _has_nvidia_card() -> bool:
     return Path("/proc/driver/nvidia/gpus").is_dir() and shutil.which("nvidia-smi") is not None
 
 
-def _base_model(draft: Draft, *, is_text: bool) -> list[Problem]:
-    base_model = draft.values.get("base_model")
-    if not isinstance(base_model, str) or not base_model:
+def _model(draft: Draft, key: str, read: Callable[[Path], object]) -> list[Problem]:
+    """A model that is not there, or that `read` cannot take; a hub id is not looked up."""
+    value = draft.values.get(key)
+    if not isinstance(value, str) or not value:
         return []
     try:
-        path = hub.local_path(base_model)
-        if path is not None and is_text:
-            text_signature.read_text_signature(path)
-        elif path is not None:
-            signature.read_signature(path)
+        path = hub.local_path(value)
+        if path is not None:
+            read(path)
     except UserError as error:
-        where = draft.source.where("base_model")
+        where = draft.source.where(key)
         return [Problem(where, f"{p.where}: {p.what}", severity=p.severity) for p in error.problems]
     return []
 
@@ -179,9 +194,18 @@ def _output_among_data(draft: Draft, dataset: Dataset) -> list[Problem]:
     return [Problem(draft.source.where("output_dir"), what)]
 
 
-def _datasets(draft: Draft) -> list[tuple[tuple[str | int, ...], Dataset]]:
+def _mask_dir(draft: Draft, location: Location, dataset: Dataset) -> list[Problem]:
+    """A folder of masks that is not there."""
+    if not isinstance(dataset, ImageDataset) or dataset.mask_dir is None:
+        return []
+    trouble = _data_trouble(dataset.mask_dir, file_too=False)
+    where = draft.source.where(*location[:-1], "mask_dir")
+    return [] if trouble is None else [Problem(where, f"found {dataset.mask_dir}, {trouble}")]
+
+
+def _datasets(draft: Draft) -> list[tuple[Location, Dataset]]:
     """The datasets that the config names, with the key of each; also of a config with mistakes."""
-    located: list[tuple[tuple[str | int, ...], Dataset]] = []
+    located: list[tuple[Location, Dataset]] = []
     if draft.config is not None and draft.config.train_data_dir is not None:
         located.append((("train_data_dir",), draft.config.all_datasets()[0]))
     elif draft.config is not None:
@@ -191,9 +215,10 @@ def _datasets(draft: Draft) -> list[tuple[tuple[str | int, ...], Dataset]]:
     else:
         values: dict[str, Any] = draft.values
         is_text = schema_of(values) is TextConfig
-        folder, metadata = values.get("train_data_dir"), values.get("metadata_path")
+        folder = values.get("train_data_dir")
         if folder is not None:
-            entry = {"path": folder, "metadata_path": metadata}
+            keys = ["metadata_path"] if is_text else ["metadata_path", "caption_keys", "mask_dir"]
+            entry = {"path": folder, **{key: values.get(key) for key in keys}}
             located.append((("train_data_dir",), _dataset(entry, is_text=is_text)))
             return located
         for number, entry in enumerate(values.get("datasets", [])):

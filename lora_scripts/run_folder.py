@@ -22,8 +22,8 @@ from lora_scripts.training.checkpoint import State
 logger = logging.getLogger(__name__)
 
 # Keys that may differ between a checkpoint and the config that goes on from it: they change what
-# is written, shown or how far a run goes, not the steps themselves. What data and base model are
-# is told by their hashes, so their paths may change.
+# is written, shown or how far a run goes, not the steps themselves. What data, base model (its VAE
+# included) and init_lora are is told by their hashes, so their paths may change.
 FREE_KEYS = frozenset(
     {
         "format_version", "base_model", "train_data_dir", "metadata_path", "datasets", "cache_dir",
@@ -31,7 +31,7 @@ FREE_KEYS = frozenset(
         "mixed_precision", "gradient_checkpointing",
         "eval_steps", "histogram_steps", "sample_steps", "sample_prompts",
         "output_dir", "output_name", "save_steps", "save_every_epochs", "save_total_limit",
-        "save_dtype", "resume", "trust_remote_code", "vae", "cache_latents",
+        "save_dtype", "resume", "trust_remote_code", "vae", "cache_latents", "init_lora",
     }
 )  # fmt: skip
 
@@ -89,13 +89,15 @@ def decide(config: Config) -> Start:
 
 
 def refuse_other_inputs(path: Path, state: State, fingerprint: Mapping[str, str]) -> None:
-    """The data and the base model must be what the checkpoint was trained on.
+    """Data, base model and first matrices must be what the checkpoint was trained from.
 
     Raises:
         UserError: naming what changed.
     """
-    names = {"data": "the data", "base_model": "the base model"}
-    changed = [names[key] for key in fingerprint if state.fingerprint.get(key) != fingerprint[key]]
+    names = {"data": "the data", "base_model": "the base model", "init_lora": "init_lora"}
+    changed = [
+        name for key, name in names.items() if state.fingerprint.get(key) != fingerprint.get(key)
+    ]
     if changed:
         what = f"{' and '.join(changed)} changed since this checkpoint. {_ways_on()}"
         raise user_error(str(path), what)

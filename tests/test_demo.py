@@ -17,7 +17,7 @@ from lora_scripts.config import load
 from lora_scripts.data.records import read_images
 from lora_scripts.device import Compute
 from lora_scripts.models import sd
-from lora_scripts.models.family import DrawRequest
+from lora_scripts.models.family import DrawRequest, Options
 from lora_scripts.models.signature import read_signature
 from tests import runs
 
@@ -54,7 +54,7 @@ def test_diffusers_loads_the_model_and_draws_with_it() -> None:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_family_draws_what_diffusers_draws(precision: str) -> None:
     compute = Compute(torch.device("cpu"), precision)  # type: ignore[arg-type]
-    family = sd.load(read_signature(DEMO / "model"), compute)
+    family = sd.load(read_signature(DEMO / "model"), compute, Options())
     request = DrawRequest("a drawing of an apple", "", 2.5, 10, 64, 64, seed=3)
     drawn = torch.tensor(list(family.draw(request).tobytes())).float()
     pipe = StableDiffusionPipeline.from_pretrained(

@@ -124,6 +124,47 @@ def test_a_lora_to_go_on_from_that_is_not_there(folder: Path) -> None:
     assert inputs(init_lora="old") == []
 
 
+def test_a_vae_that_is_not_there_or_none(folder: Path) -> None:
+    (message,) = inputs(vae="data/style_train/vae.safetensors")
+    assert message.startswith("my.yaml line 4: vae: data/style_train/vae.safetensors: no such file")
+    (message,) = inputs(vae="data/style_train/img00.png")
+    assert "line 4: vae: data/style_train/img00.png" in message
+
+
+def test_columns_of_captions_that_are_not_there(folder: Path) -> None:
+    (message,) = inputs(caption_keys=["text", "tags"])
+    assert message == (
+        'metadata.csv: no column "tags", which caption_keys needs; '
+        'its first line: "file_name", "text"'
+    )
+    text = '{"file_name": "img00.png", "text": "a"}\n'
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    (message, *_) = inputs(caption_keys=["tags"], metadata_path=str(folder / "metadata.jsonl"))
+    assert message.startswith('metadata.jsonl line 1: no "tags"; found "file_name", "text"')
+    # with a mistake elsewhere the columns are the same
+    assert len(inputs(caption_keys=["text"], lora_rank=0)) == 1
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.jsonl").unlink()
+    (folder / "img00.txt").write_text("a", encoding="utf-8")
+    messages = inputs(train_data_dir=None, datasets=[{"path": str(folder), "caption_keys": ["a"]}])
+    assert any(m.startswith("my.yaml line 4: datasets.0.caption_keys: needs") for m in messages)
+
+
+def test_masks_that_are_not_there(folder: Path) -> None:
+    (message,) = inputs(masked_loss=True, mask_dir="masks")
+    assert message == "my.yaml line 5: mask_dir: found masks, but there is no such folder"
+    (message,) = inputs(
+        train_data_dir=None, masked_loss=True,
+        datasets=[{"path": str(folder), "mask_dir": "masks"}],
+    )  # fmt: skip
+    assert "datasets.0.mask_dir: found masks, but there is no such folder" in message
+    (message,) = inputs(masked_loss=True)
+    assert message.startswith("my.yaml line 4: masked_loss: is true, but no picture has a mask")
+    Path("masks").mkdir()
+    messages = inputs(masked_loss=True, mask_dir="masks")
+    assert len(messages) == 6 and "no mask for img00.png in masks" in messages[0]
+
+
 def test_an_optimizer_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert inputs(optimizer="prodigy") == []
     monkeypatch.setitem(preflight.OPTIMIZER_PACKAGES, "prodigy", "no-such-package")

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_scripts.models.sd1_configs import clip_tokenizer, packaged_config
+from lora_scripts.models.packaged import clip_tokenizer, packaged_config
 from lora_scripts.tasks import diffusion
 from tests import runs, toys
 
@@ -22,11 +22,11 @@ def real_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "sd15"
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(packaged_config("unet")).half(),
-        vae=AutoencoderKL.from_config(packaged_config("vae")).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**packaged_config("text_encoder"))).half(),
+        unet=UNet2DConditionModel.from_config(packaged_config("sd1", "unet")).half(),
+        vae=AutoencoderKL.from_config(packaged_config("sd1", "vae")).half(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**packaged_config("sd1", "text_encoder"))).half(),
         tokenizer=clip_tokenizer(),
-        scheduler=PNDMScheduler.from_config(packaged_config("scheduler")),
+        scheduler=PNDMScheduler.from_config(packaged_config("sd1", "scheduler")),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

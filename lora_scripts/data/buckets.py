@@ -91,13 +91,17 @@ def crop_box(size: Size, bucket: Size) -> tuple[Size, tuple[int, int]]:
     Returns:
         The (width, height) to scale the image to, and the (left, top) of the cut in it.
     """
+    scaled = scaled_to_cover(size, bucket)
+    return scaled, ((scaled[0] - bucket[0]) // 2, (scaled[1] - bucket[1]) // 2)
+
+
+def scaled_to_cover(size: Size, bucket: Size) -> Size:
+    """The (width, height) of an image of `size` made just as large as covers `bucket`."""
     width, height = size
     across, down = bucket
     if across * height >= down * width:  # the width decides
-        scaled = (across, _rounded(height * across, width))
-    else:
-        scaled = (_rounded(width * down, height), down)
-    return scaled, ((scaled[0] - across) // 2, (scaled[1] - down) // 2)
+        return across, _rounded(height * across, width)
+    return _rounded(width * down, height), down
 
 
 def _rounded(numerator: int, denominator: int) -> int:

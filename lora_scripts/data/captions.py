@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 # Scripts that are written without spaces (or, as Korean, with endings joined to the word): a word
 # may begin and end anywhere in them, so a neighbour of one of these never extends a word.
 _UNSPACED = (
@@ -24,12 +26,29 @@ def compose(caption: str, *, prefix: str, suffix: str, trigger_word: str | None)
     composed text is blank, the prompt is the trigger word alone.
     """
     composed = prefix + caption + suffix
-    if trigger_word is None or _holds_word(composed, trigger_word):
+    if trigger_word is None or holds_word(composed, trigger_word):
         return composed
     return f"{trigger_word}, {composed}" if composed.strip() else trigger_word
 
 
-def _holds_word(text: str, word: str) -> bool:
+def vary(
+    caption: str, *, keep: int, shuffle: bool, dropout: float, chance: np.random.Generator
+) -> str:
+    """A caption of comma-separated tags in another order, some of them left out.
+
+    The first `keep` tags stay where they are and are never left out.
+    """
+    tags = [tag for tag in (part.strip() for part in caption.split(",")) if tag]
+    kept, others = tags[:keep], tags[keep:]
+    others = [tag for tag, drawn in zip(others, chance.random(len(others)), strict=True)
+              if drawn >= dropout]  # fmt: skip
+    if shuffle:
+        others = [others[place] for place in chance.permutation(len(others))]
+    return ", ".join([*kept, *others])
+
+
+def holds_word(text: str, word: str) -> bool:
+    """Whether the text holds the word whole, or anywhere in scripts without spaces."""
     word = word.casefold()
     before = rf"(?<!{_LETTER})" if re.match(_LETTER, word) else ""
     after = rf"(?!{_LETTER})" if re.match(_LETTER, word[-1:]) else ""

@@ -1,74 +1,50 @@
-"""Pictures as a training set: which bucket, which caption, which cache entries, which order."""
+"""Pictures as a training set: which bucket, which captions, which split; cut for a view."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image
 
-from lora_scripts.data import buckets, captions, pixels, records, validate
+from lora_scripts.data import buckets, captions, masks, pixels, records, validate
+from lora_scripts.data.views import Picture, Size
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.files import file_hash
-from lora_scripts.randomness import numpy_generator, seed_of
+from lora_scripts.randomness import seed_of
 from lora_scripts.schema import ImageConfig, ImageDataset
-
-Size = tuple[int, int]  # width, height in pixels
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture with everything that does not change while training."""
-
-    record: records.Record
-    caption: str  # prefix, trigger word and suffix included
-    bucket: Size
-    repeats: int
-    content: str  # SHA-256 of the file
-
-
-@dataclass(frozen=True)
-class PictureSet:
-    """Pictures and their views: view i of an epoch shows `pictures[picture_of_view[i]]`."""
-
-    pictures: list[Picture]
-    picture_of_view: np.ndarray
-
-    @classmethod
-    def repeated(cls, pictures: list[Picture]) -> PictureSet:
-        """Every picture as often as its dataset says."""
-        repeats = [picture.repeats for picture in pictures]
-        return cls(pictures, np.repeat(np.arange(len(pictures)), repeats))
-
-    @classmethod
-    def measured(cls, pictures: list[Picture], views: int) -> PictureSet:
-        """Every picture in turn, at least once each, until there are about `views`."""
-        rounds = max(1, round(views / len(pictures)))
-        return cls(pictures, np.tile(np.arange(len(pictures)), rounds))
-
-    def __len__(self) -> int:
-        """The number of views."""
-        return len(self.picture_of_view)
-
-    def at(self, view: int) -> Picture:
-        """The picture that a view shows."""
-        return self.pictures[int(self.picture_of_view[view])]
-
-    def batches(self, batch_size: int, *key: int | str) -> list[tuple[int, ...]]:
-        """All views in shuffled micro-batches of one bucket each; the order follows from `key`."""
-        sizes = {bucket: i for i, bucket in enumerate(sorted({p.bucket for p in self.pictures}))}
-        bucket_of_view = [sizes[self.at(view).bucket] for view in range(len(self))]
-        return buckets.plan_batches(bucket_of_view, batch_size, numpy_generator(*key))
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The data of a run: what is learned from and what is measured."""
+    """The data of a run: what is learned from, what is measured, what is to be kept."""
 
     train: list[Picture]
     validation: list[Picture]
+    regularisation: list[Picture] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is cut for a view.
+
+    `corner`: (left, top) in the picture scaled to cover its bucket, before it is mirrored.
+    """
+
+    picture: Picture
+    corner: tuple[int, int]
+    mirrored: bool
+
+    @property
+    def shown_corner(self) -> tuple[int, int]:
+        """The corner as it is in the mirrored picture."""
+        if not self.mirrored:
+            return self.corner
+        width, _ = buckets.scaled_to_cover(self.picture.size, self.picture.bucket)
+        return width - self.corner[0] - self.picture.bucket[0], self.corner[1]
 
 
 def gather(
@@ -77,7 +53,7 @@ def gather(
     """Deal checked rows into buckets and splits.
 
     Raises:
-        UserError: if the model cannot work on the buckets' sizes.
+        UserError: if the model cannot work on the buckets' sizes, or the weights show nothing.
     """
     sizes = bucket_sizes(config, pixel_multiple)
     found = [record for record, _ in rows]
@@ -86,22 +62,35 @@ def gather(
     pictures = [
         Picture(
             record=record,
-            caption=captions.compose(
-                record.caption,
-                prefix=config.caption_prefix,
-                suffix=config.caption_suffix,
-                trigger_word=config.trigger_word,
-            ),
+            captions=tuple(composed(caption, config) for caption in record.captions),
+            size=size,
             bucket=sizes[buckets.assign(size, sizes)],
-            repeats=dataset.repeats,
+            weight=record.repeats * dataset.repeats * dataset.weight,
             content=content,
+            mask=masks.find(record, dataset) if config.masked_loss else None,
         )
         for (record, dataset), size, content in zip(
             rows, validate.image_sizes(found), contents, strict=True
         )
     ]
-    train, validation = _split(pictures, [dataset.role for _, dataset in rows], config)
-    return Gathered(train, validation)
+    roles = [dataset.role for _, dataset in rows]
+    train, validation = _split(pictures, roles, config)
+    kept = [p for p, role in zip(pictures, roles, strict=True) if role == "regularisation"]
+    shown = config.epochs * sum(picture.weight for picture in train)
+    if shown < 1:
+        what = f"by their weights {config.epochs} epochs show {shown:g} pictures; raise the weights"
+        raise UserError([Problem("datasets", what)])
+    return Gathered(train, validation, kept)
+
+
+def composed(caption: str, config: ImageConfig) -> str:
+    """A caption with the prefix, suffix and trigger word of a run."""
+    return captions.compose(
+        caption,
+        prefix=config.caption_prefix,
+        suffix=config.caption_suffix,
+        trigger_word=config.trigger_word,
+    )
 
 
 def bucket_sizes(config: ImageConfig, pixel_multiple: int) -> list[Size]:
@@ -142,9 +131,58 @@ def _split(
     )
 
 
-def pixels_of(picture: Picture, *, mirrored: bool) -> torch.Tensor:
+def view_of(picture: Picture, chance: np.random.Generator | None, *, mirrored: bool) -> View:
+    """The picture cut from its middle, or at a place that `chance` draws.
+
+    A place that is drawn shows at least one point that the mask leaves.
+    """
+    (wide, high), middle = buckets.crop_box(picture.size, picture.bucket)
+    if chance is None:
+        return View(picture, middle, mirrored)
+    room = wide - picture.bucket[0], high - picture.bucket[1]
+    corner = int(chance.integers(room[0] + 1)), int(chance.integers(room[1] + 1))
+    if picture.mask is not None and room != (0, 0):
+        corner = _around_a_point(picture, (wide, high), corner, chance)
+    return View(picture, corner, mirrored)
+
+
+def _around_a_point(
+    picture: Picture, scaled: Size, corner: tuple[int, int], chance: np.random.Generator
+) -> tuple[int, int]:
+    """The corner, moved as little as shows one point, drawn, where the mask is bright."""
+    grey_HW = np.asarray(_mask(picture).resize(scaled))
+    rows, columns = np.nonzero(grey_HW >= max(1, grey_HW.max() // 2))
+    if not len(rows):
+        return corner
+    point = int(chance.integers(len(rows)))
+    places = []
+    for at, place, side in zip(corner, (columns[point], rows[point]), picture.bucket, strict=True):
+        places.append(int(min(max(at, place - side + 1), place)))
+    limits = scaled[0] - picture.bucket[0], scaled[1] - picture.bucket[1]
+    return min(max(places[0], 0), limits[0]), min(max(places[1], 0), limits[1])
+
+
+def pixels_of(view: View) -> torch.Tensor:
     """The picture cut to its bucket: float32 in [-1, 1], shape (3, height, width)."""
-    array_HWC = pixels.to_bucket(pixels.load_rgb(picture.record.path), picture.bucket)
-    if mirrored:
+    rgb = pixels.load_rgb(view.picture.record.path)
+    array_HWC = pixels.to_bucket(rgb, view.picture.bucket, view.corner)
+    if view.mirrored:
         array_HWC = np.ascontiguousarray(array_HWC[:, ::-1])
     return torch.from_numpy(array_HWC).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def mask_of(view: View) -> torch.Tensor:
+    """What is learned of a view, in [0, 1]: float32, shape (1, height, width)."""
+    width, height = view.picture.bucket
+    if view.picture.mask is None:
+        return torch.ones(1, height, width)
+    mask_HW = masks.to_bucket(
+        _mask(view.picture), view.picture.size, view.picture.bucket, view.corner
+    )
+    mask_1HW = torch.from_numpy(mask_HW)[None].float() / 255
+    return mask_1HW.flip(-1) if view.mirrored else mask_1HW
+
+
+def _mask(picture: Picture) -> Image.Image:
+    assert picture.mask is not None
+    return masks.load(picture.mask, is_alpha=picture.mask == picture.record.path)

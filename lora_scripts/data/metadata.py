@@ -28,13 +28,16 @@ class Row(NamedTuple):
     where: str
     name: str
     caption: str
+    others: tuple[str, ...] = ()  # captions of further columns
 
 
 # --- CSV ------------------------------------------------------------------------------------------
 
 
-def _csv_rows(text: str, file: str) -> Iterator[Row | Problem]:
-    name_at, text_at, width = 0, 1, 2
+def _csv_rows(
+    text: str, file: str, caption_keys: Sequence[str] | None = None
+) -> Iterator[Row | Problem]:
+    name_at, texts_at, width = 0, [1], 2
     first = True
     for row in csv_rows(text, file, _split_row):
         if isinstance(row, Problem):
@@ -43,14 +46,17 @@ def _csv_rows(text: str, file: str) -> Iterator[Row | Problem]:
             continue
         where, fields, raw = row
         columns = [column.strip().lower() for column in fields]
-        if first and (header := _header(columns)) is not None:
-            name_at, text_at = header
+        header = _header(columns, caption_keys) if first else None
+        if header is not None:
+            name_at, texts_at = header
             width = len(columns)
-            yield from _unused_columns(where, [columns[i] for i in range(width) if i not in header])
+            used = {name_at, *texts_at}
+            yield from _unused_columns(where, [columns[i] for i in range(width) if i not in used])
         elif len(fields) != width:
             yield Problem(where, _wrong_width(fields, raw.strip("\r\n"), width))
         else:
-            yield Row(where, fields[name_at], unix_lines(fields[text_at]))
+            caption, *others = (unix_lines(fields[at]) for at in texts_at)
+            yield Row(where, fields[name_at], caption, tuple(others))
         first = False
 
 
@@ -68,11 +74,24 @@ def _split_row(lines: Sequence[str], at: int) -> tuple[list[str], int]:
     return fields, taken
 
 
-def _header(columns: Sequence[str]) -> tuple[int, int] | None:
-    """Where the name and the caption stand, if these are the titles of columns."""
+def _header(
+    columns: Sequence[str], caption_keys: Sequence[str] | None
+) -> tuple[int, list[int]] | None:
+    """Where the name and the captions stand, if these are the titles of columns.
+
+    Raises:
+        Refused: if a column of `caption_keys` is not there.
+    """
     name = next((columns.index(title) for title in NAME_COLUMNS if title in columns), None)
+    if caption_keys is not None:
+        missing = [key for key in caption_keys if key.strip().lower() not in columns]
+        if name is None or missing:
+            lacks = show(missing[0]) if missing else "of file names"
+            has = ", ".join(show(column) for column in columns)
+            raise Refused(f"no column {lacks}, which caption_keys needs; its first line: {has}")
+        return name, [columns.index(key.strip().lower()) for key in caption_keys]
     text = next((columns.index(title) for title in TEXT_COLUMNS if title in columns), None)
-    return None if name is None or text is None else (name, text)
+    return None if name is None or text is None else (name, [text])
 
 
 def _unused_columns(where: str, names: Sequence[str]) -> list[Problem]:
@@ -109,7 +128,9 @@ def _wrong_width(fields: Sequence[str], raw: str, width: int) -> str:
 # --- JSON lines -----------------------------------------------------------------------------------
 
 
-def _jsonl_rows(text: str, file: str) -> Iterator[Row | Problem]:
+def _jsonl_rows(
+    text: str, file: str, caption_keys: Sequence[str] | None = None
+) -> Iterator[Row | Problem]:
     if text.lstrip().startswith("["):
         raise Refused(f"this is one JSON list; expected one object a line: {_JSON_EXAMPLE}")
     unused: dict[str, None] = {}
@@ -118,7 +139,7 @@ def _jsonl_rows(text: str, file: str) -> Iterator[Row | Problem]:
             continue
         where = f"{file} line {number}"
         try:
-            row, others = _json_row(line, where)
+            row, others = _json_row(line, where, caption_keys)
         except Refused as refused:
             yield Problem(where, str(refused))
             continue
@@ -127,7 +148,7 @@ def _jsonl_rows(text: str, file: str) -> Iterator[Row | Problem]:
     yield from _unused_columns(file, list(unused))
 
 
-def _json_row(line: str, where: str) -> tuple[Row, list[str]]:
+def _json_row(line: str, where: str, caption_keys: Sequence[str] | None) -> tuple[Row, list[str]]:
     """The row in one line, and the names of the keys that are not used."""
     try:
         found = json.loads(line)
@@ -139,14 +160,16 @@ def _json_row(line: str, where: str) -> tuple[Row, list[str]]:
     if not isinstance(found, dict):
         raise Refused(f"found {kind(found)}; expected an object: {_JSON_EXAMPLE}")
     keys = [next((key for key in NAME_COLUMNS if key in found), NAME_COLUMNS[0])]
-    keys.append(next((key for key in TEXT_COLUMNS if key in found), TEXT_COLUMNS[0]))
+    usual = next((key for key in TEXT_COLUMNS if key in found), TEXT_COLUMNS[0])
+    keys += [usual] if caption_keys is None else caption_keys
     for key in keys:
         if key not in found:
             has = ", ".join(show(name) for name in found) or "no key"
             raise Refused(f'no "{key}"; found {has}; expected {_JSON_EXAMPLE}')
         if not isinstance(found[key], str):
             raise Refused(f'"{key}" is {kind(found[key])}; expected a text in quotes')
-    row = Row(where, found[keys[0]], unix_lines(found[keys[1]]))
+    caption, *others = (unix_lines(found[key]) for key in keys[1:])
+    row = Row(where, found[keys[0]], caption, tuple(others))
     return row, [key for key in found if key not in keys]
 
 

@@ -64,14 +64,32 @@ def load_rgb(path: Path) -> Image.Image:
     Raises:
         UserError: naming the file, if it cannot be decoded.
     """
+    with _loaded(path) as (image, turn):
+        rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def load_alpha(path: Path) -> Image.Image | None:
+    """The alpha channel of an image file (mode L), upright; None if there is none.
+
+    Raises:
+        UserError: naming the file, if it cannot be decoded.
+    """
+    with _loaded(path) as (image, turn):
+        _, alpha = _split(image)
+    return alpha if alpha is None or turn is None else alpha.transpose(turn)
+
+
+@contextmanager
+def _loaded(path: Path) -> Iterator[tuple[ImageFile.ImageFile, Image.Transpose | None]]:
+    """An image decoded, and how it must be turned to be upright."""
     with open_image(path) as image:
         turn = _TURNS.get(orientation(image) or 1)
         colour_key_16 = _colour_key_16(image)
         image.load()
         if colour_key_16 is not None:
             image.info["transparency"] = colour_key_16
-        rgb = to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
+        yield image, turn
 
 
 def upright_size(image: ImageFile.ImageFile) -> Size:
@@ -111,16 +129,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
 
 
-def to_bucket(image: Image.Image, bucket: Size) -> NDArray[np.uint8]:
-    """An RGB image scaled to cover `bucket` (width, height) and cut to it from the middle.
+def to_bucket(
+    image: Image.Image, bucket: Size, corner: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """An image scaled to cover `bucket` (width, height) and cut to it.
+
+    Cut at `corner` (left, top in the scaled image), by default from the middle.
 
     Lanczos, which in Pillow averages over all source pixels when it reduces. Only the part that is
     kept is scaled, so that a very long image needs no more memory than another.
 
     Returns:
-        pixels_HWC, uint8, RGB.
+        pixels_HWC, uint8, RGB; pixels_HW of a grey image.
     """
-    (wide, high), (left, top) = crop_box(image.size, bucket)
+    (wide, high), middle = crop_box(image.size, bucket)
+    left, top = middle if corner is None else corner
     across, down = image.width / wide, image.height / high
     box = (
         left * across,

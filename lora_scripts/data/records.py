@@ -13,11 +13,18 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_scripts.data.csv_rows import quoted
-from lora_scripts.data.folders import link_problem, walk_files
+from lora_scripts.data.image_folder import (
+    CAPTION_SUFFIXES,
+    SUFFIXES,
+    ImageFolder,
+    find_kohyas_folders,
+    list_folder,
+    stem,
+)
 from lora_scripts.data.metadata import READERS
 from lora_scripts.data.reading import (
     Refused,
@@ -31,47 +38,55 @@ from lora_scripts.data.reading import (
 )
 from lora_scripts.errors import Problem
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CAPTION_SUFFIXES = (".txt", ".caption")  # the first one found beside an image is its caption
-
-_UNREAD_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".tif", ".tiff")
 _KINDS = ", ".join(SUFFIXES)
 _GUESSES = 20  # fuzzy matching costs milliseconds for each missing name in a large folder
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image and its caption. `where` is the place that says so: `metadata.csv line 45`."""
+    """One image and its caption.
+
+    Attributes:
+        where: The place that says so: `metadata.csv line 45`.
+        others: Captions of further columns.
+        repeats: How often the name of its folder (kohya's `10_name`) wants it shown.
+        mask: A file `NAME-masklabel.png` or `NAME_mask.png` beside it.
+    """
 
     path: Path
     caption: str
     where: str
+    others: tuple[str, ...] = ()
+    repeats: int = 1
+    mask: Path | None = None
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions that are not blank; the first one if all are."""
+        found = tuple(text for text in (self.caption, *self.others) if text.strip())
+        return found or (self.caption,)
 
 
-@dataclass
-class _Folder:
-    """What lies in the folder of images. Names are relative to it, with forward slashes."""
-
-    path: Path
-    images: list[str] = field(default_factory=list)
-    captions: dict[str, str] = field(default_factory=dict)  # with the suffix in lower case -> name
-    refused: dict[str, str] = field(default_factory=dict)  # image -> why it is not used
-    problems: list[Problem] = field(default_factory=list)
-
-
-def read_images(folder: Path, metadata_path: Path | None) -> tuple[list[Record], list[Problem]]:
+def read_images(
+    folder: Path, metadata_path: Path | None, caption_keys: Sequence[str] | None = None
+) -> tuple[list[Record], list[Problem]]:
     """Read the images of `folder` with their captions.
 
     The captions come from `metadata_path` (`.csv` or `.jsonl`); when that is None, from
     `metadata.csv` in the folder, else from `metadata.jsonl`, else from the `.txt` or `.caption`
     file beside each image. Names in a metadata file are relative to `folder`; sub-folders are
-    included, names that begin with a dot are not.
+    included, names that begin with a dot are not. `caption_keys` names the columns or keys that
+    hold captions.
+
+    Where a folder without a metadata file holds images only in sub-folders named as kohya's
+    scripts want them, `10_a cat`, each image counts ten times, and one without a caption file has
+    the caption `a cat`.
 
     Returns:
         The records that are good, in the order of the metadata file (or of their names), and
         every problem found. With a problem of severity "error" the records are incomplete.
     """
-    listing = _list_folder(folder)
+    listing = list_folder(folder)
     problems = listing.problems
     if not listing.images and not listing.refused:
         if not any(problem.severity == "error" for problem in problems):
@@ -82,9 +97,13 @@ def read_images(folder: Path, metadata_path: Path | None) -> tuple[list[Record],
     except Refused as refused:
         return [], [*problems, Problem(show_path(metadata_path or folder), str(refused))]
     if metadata is None:
+        find_kohyas_folders(listing)
         records, found = _read_sidecars(listing)
+        if caption_keys is not None:
+            what = "needs a metadata.csv or metadata.jsonl: captions are in files beside the images"
+            found.append(Problem("caption_keys", what))
     else:
-        records, found = _read_metadata(metadata, listing)
+        records, found = _read_metadata(metadata, listing, caption_keys)
     return records, problems + found
 
 
@@ -110,47 +129,6 @@ def write_csv(path: Path, rows: Iterable[tuple[str, str]]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# --- the folder ---------------------------------------------------------------------------------
-
-
-def _list_folder(folder: Path) -> _Folder:
-    """Walk the folder once, in the order of names, links to folders not followed."""
-    listing = _Folder(folder)
-    if not folder.is_dir():
-        found = "this is a file" if folder.exists() else "there is no such folder"
-        listing.problems.append(Problem(str(folder), f"{found}; expected the folder of images"))
-        return listing
-    unread: list[str] = []
-    for name in walk_files(folder, "images", listing.problems):
-        suffix = PurePosixPath(name).suffix.lower()
-        if suffix in SUFFIXES:
-            _add_image(listing, name)
-        elif suffix in CAPTION_SUFFIXES:
-            listing.captions[_stem(name) + suffix] = name
-        elif suffix in _UNREAD_IMAGES:
-            unread.append(name)
-    if unread:
-        what = "of a kind that is not read; save as PNG, JPEG or WebP to use"
-        found = f"{count(unread, 'image')} {what}"
-        listing.problems.append(Problem(str(folder), found, "warning"))
-    return listing
-
-
-def _add_image(listing: _Folder, name: str) -> None:
-    path = listing.path / name
-    if not is_unicode(name):
-        listing.refused[name] = (
-            "the file name is not valid UTF-8 (often from a zip made on a Chinese Windows); "
-            "rename the file"
-        )
-    elif path.is_symlink() and (
-        why := link_problem(listing.path, path, thing="image", home="the folder of images")
-    ):
-        listing.refused[name] = why
-    else:
-        listing.images.append(name)
 
 
 # --- which file holds the captions --------------------------------------------------------------
@@ -184,16 +162,21 @@ def _label_command(folder: Path, metadata: Path) -> str:
     return f"python tools/auto_label.py --input {folder} --output {metadata}"
 
 
-def _read_sidecars(listing: _Folder) -> tuple[list[Record], list[Problem]]:
+def _read_sidecars(listing: ImageFolder) -> tuple[list[Record], list[Problem]]:
     records: list[Record] = []
     problems = [Problem(show(name), why) for name, why in listing.refused.items()]
     missing: list[str] = []
     for name in listing.images:
-        keys = (_stem(name) + suffix for suffix in CAPTION_SUFFIXES)
+        keys = (stem(name) + suffix for suffix in CAPTION_SUFFIXES)
         beside = next((listing.captions[key] for key in keys if key in listing.captions), None)
+        folder = name.split("/")[0]
+        repeats = listing.repeats.get(folder, 1)
+        mask = listing.mask_of(name)
         if beside is None:
-            missing.append(name)
-            records.append(Record(listing.path / name, "", name))
+            caption = folder.partition("_")[2] if folder in listing.repeats else ""
+            if not caption:
+                missing.append(name)
+            records.append(Record(listing.path / name, caption, name, (), repeats, mask))
             continue
         try:
             caption = unix_lines(read_file(listing.path / beside)).strip()
@@ -202,7 +185,7 @@ def _read_sidecars(listing: _Folder) -> tuple[list[Record], list[Problem]]:
             continue
         if not caption:
             problems.append(Problem(beside, "the caption is empty", "warning"))
-        records.append(Record(listing.path / name, caption, beside))
+        records.append(Record(listing.path / name, caption, beside, (), repeats, mask))
     if missing and len(missing) == len(listing.images):
         command = _label_command(listing.path, listing.path / "metadata.csv")
         what = (
@@ -221,10 +204,12 @@ def _read_sidecars(listing: _Folder) -> tuple[list[Record], list[Problem]]:
 # --- metadata.csv and metadata.jsonl ------------------------------------------------------------
 
 
-def _read_metadata(metadata: Path, listing: _Folder) -> tuple[list[Record], list[Problem]]:
+def _read_metadata(
+    metadata: Path, listing: ImageFolder, caption_keys: Sequence[str] | None
+) -> tuple[list[Record], list[Problem]]:
     file = metadata.name
     try:
-        rows = list(READERS[metadata.suffix.lower()](read_file(metadata), file))
+        rows = list(READERS[metadata.suffix.lower()](read_file(metadata), file, caption_keys))
     except Refused as refused:
         return [], [Problem(file, str(refused))]
     records: list[Record] = []
@@ -238,14 +223,15 @@ def _read_metadata(metadata: Path, listing: _Folder) -> tuple[list[Record], list
             continue
         try:
             name = names.find(row.name, row.where)
-            if not is_unicode(row.caption):
+            if not all(is_unicode(text) for text in (row.caption, *row.others)):
                 raise Refused("the caption holds a broken character (half of a surrogate pair)")
         except Refused as refused:
             problems.append(Problem(row.where, str(refused)))
             continue
-        if not row.caption.strip():
+        if not any(text.strip() for text in (row.caption, *row.others)):
             problems.append(Problem(row.where, f"the caption of {show(name)} is empty", "warning"))
-        records.append(Record(listing.path / name, row.caption, row.where))
+        mask = listing.mask_of(name)
+        records.append(Record(listing.path / name, row.caption, row.where, row.others, 1, mask))
     if unnamed := [name for name in listing.images if name not in names.seen]:
         what = f"{count(unnamed, 'image')} in the folder not named in it: they are not used"
         problems.append(Problem(file, what, "warning"))
@@ -258,12 +244,13 @@ def _read_metadata(metadata: Path, listing: _Folder) -> tuple[list[Record], list
 class _Names:
     """Finds the file that a name in the metadata means; remembers which were named, and where."""
 
-    def __init__(self, listing: _Folder) -> None:
+    def __init__(self, listing: ImageFolder) -> None:
         self.seen: dict[str, str] = {}
-        self._refused = listing.refused
+        what = "by its name this is the mask of another image; rename it to use it as an image"
+        self._refused = listing.refused | dict.fromkeys(listing.masks.values(), what)
         self._exact = {unicodedata.normalize("NFC", name): name for name in listing.images}
         self._folded = {name.casefold(): name for name in listing.images}
-        self._stems = {_stem(name).casefold(): name for name in listing.images}
+        self._stems = {stem(name).casefold(): name for name in listing.images}
         self._bases = {PurePosixPath(name).name.casefold(): name for name in listing.images}
         self._guesses_left = _GUESSES
 
@@ -300,8 +287,8 @@ class _Names:
             near, why = self._folded[folded], ": upper and lower case differ"
         elif folded in self._stems:
             near, why = self._stems[folded], ": with its extension"
-        elif _stem(folded) in self._stems:
-            near, why = self._stems[_stem(folded)], ": the extension differs"
+        elif stem(folded) in self._stems:
+            near, why = self._stems[stem(folded)], ": the extension differs"
         elif PurePosixPath(folded).name in self._bases:
             near, why = self._bases[PurePosixPath(folded).name], ": in another folder"
         elif (guess := self._guess(folded)) is not None:
@@ -316,7 +303,3 @@ class _Names:
         self._guesses_left -= 1
         close = difflib.get_close_matches(folded, self._folded, n=1, cutoff=0.75)
         return self._folded[close[0]] if close else None
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(PurePosixPath(name).suffix)

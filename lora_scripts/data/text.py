@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from lora_scripts.data import cache
+from lora_scripts.data import cache, weights
 from lora_scripts.data.chat import ChatFormat, Encoded
 from lora_scripts.data.conversations import TextRecord
 from lora_scripts.errors import Problem, UserError, user_error
@@ -270,16 +270,8 @@ class SampleSet:
     weights: np.ndarray
 
     def views(self, *key: int | str, epoch: int) -> np.ndarray:
-        """The samples of an epoch in shuffled order.
-
-        A weight of 2.5 shows a sample twice in every epoch and once more in every second one;
-        which samples these are is dealt out evenly, so that none is left behind.
-        """
-        whole = np.floor(self.weights).astype(np.int64)
-        phase = numpy_generator(*key, "phase").random(len(self.samples))
-        share = self.weights - whole
-        once_more = np.floor((epoch + 1) * share + phase) - np.floor(epoch * share + phase)
-        views = np.repeat(self.samples, whole + once_more.astype(np.int64))
+        """The samples of an epoch in shuffled order, each as often as its weight says."""
+        views = np.repeat(self.samples, weights.times(self.weights, *key, epoch=epoch))
         return numpy_generator(*key, epoch).permutation(views)
 
 

@@ -11,6 +11,7 @@ from lora_scripts.schema import Config, ImageConfig
 from lora_scripts.training.log import read_metrics
 
 CURVE_WIDTH, CURVE_HEIGHT = 640, 240
+KINDS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
 CURVE_POINTS = 200  # the training loss is averaged down to about this many points
 
 
@@ -44,7 +45,8 @@ A LoRA for `{config.base_model}`, made by lora-scripts.
 |---|---|
 | data | {record["data"]} |
 | trainable | {record["trainable"]} |
-| rank, alpha | {config.lora_rank}, {config.lora_alpha:g} |
+| kind, rank, alpha | {KINDS[config.lora_type]}, {config.lora_rank}, {config.lora_alpha:g} |
+| layers | {_layers(config)} |
 | steps | {_steps(record)} |
 | learning rate | {config.learning_rate:g}, {config.lr_scheduler} |
 | batch | {config.batch_size} × {config.gradient_accumulation_steps} accumulated |
@@ -58,6 +60,13 @@ A LoRA for `{config.base_model}`, made by lora-scripts.
 
 {_samples(config.output_dir) or "No `sample_prompts` were configured."}
 """
+
+
+def _layers(config: Config) -> str:
+    targets = config.lora_targets
+    named = targets if isinstance(targets, str) else ", ".join(targets)
+    text_too = isinstance(config, ImageConfig) and config.train_text_encoder
+    return f"{named}; text encoders, too" if text_too else named
 
 
 def _steps(record: Mapping[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 For images one layout serves diffusers, AUTOMATIC1111 and ComfyUI. It stands under two names, with
 the same bytes: `pytorch_lora_weights.safetensors`, which diffusers looks for, and
-`NAME.safetensors`, the name typed in a prompt, `<lora:NAME:0.8>`.
+`NAME.safetensors`, the name typed in a prompt, `<lora:NAME:0.8>`. DoRA is the exception: diffusers
+drops `.dora_scale`, so its file is then in its own layout.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from lora_scripts.errors import WorkError
 from lora_scripts.export import keys
 from lora_scripts.files import replace, sync
-from lora_scripts.models.lora import AdaptedLayer
+from lora_scripts.models.lora_file import ADAPTER_METADATA
 from lora_scripts.run_files import DIFFUSERS_NAME
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def write_lora(
     path: Path,
-    adapters: Mapping[str, Sequence[AdaptedLayer]],
+    adapters: keys.Adapters,
     name: keys.Namer,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
@@ -71,20 +72,34 @@ def verify(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
         raise WorkError(f"{path} is not what was written: {'; '.join(differences[:5])}")
 
 
-def write_twice(
+def write_finished(
     folder: Path,
     output_name: str,
-    adapters: Mapping[str, Sequence[AdaptedLayer]],
+    adapters: keys.Adapters,
     name: keys.Namer,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> list[Path]:
-    """The LoRA of a finished run under both its names. Returns the paths."""
+    """The LoRA of a finished run under both its names. Returns the paths, diffusers' first.
+
+    The same bytes twice; of a DoRA each in the layout that its readers know.
+    """
     prompt_path = folder / f"{output_name}.safetensors"
     diffusers_path = folder / DIFFUSERS_NAME
     write_lora(prompt_path, adapters, name, dtype, metadata)
+    if keys.is_dora(adapters):
+        write_diffusers(diffusers_path, adapters, dtype, metadata)
+        return [diffusers_path, prompt_path]
     temporary = folder / f"{DIFFUSERS_NAME}.tmp"
     shutil.copyfile(prompt_path, temporary)
     replace(temporary, diffusers_path)
     verify(diffusers_path, keys.webui(adapters, name, dtype))
     return [diffusers_path, prompt_path]
+
+
+def write_diffusers(
+    path: Path, adapters: keys.Adapters, dtype: torch.dtype, metadata: Mapping[str, str]
+) -> None:
+    """Write one LoRA file in diffusers' own layout; see `write_tensors`."""
+    settings = {ADAPTER_METADATA: keys.settings(adapters)}
+    write_tensors(path, keys.diffusers(adapters, dtype), {**metadata, **settings})

@@ -7,6 +7,7 @@ reader: its output must be the trained model's at the file's precision.
 from __future__ import annotations
 
 import gc
+import json
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lora_scripts.export import files
 from lora_scripts.export.protocol import Finished
 from lora_scripts.models import lora
 from lora_scripts.models.family import ImageFamily
+from lora_scripts.run_files import DIFFUSERS_NAME
 from lora_scripts.schema import ImageConfig
 from lora_scripts.tasks import build
 from lora_scripts.tasks.diffusion import DiffusionTask
@@ -30,6 +32,17 @@ USAGE = """\
 `<lora:{name}:0.8>` in the prompt |
 | ComfyUI | copy `{name}.safetensors` to `models/loras`; Load LoRA node |
 | diffusers | `pipeline.load_lora_weights("{folder}")` |"""
+# Programs differ in how they apply DoRA's magnitudes (docs/decisions.md, 31).
+DORA_USAGE = """\
+| program | how |
+|---|---|
+| diffusers | `pipeline.load_lora_weights("{folder}")`: exactly as trained |
+| ComfyUI, Forge | `{name}.safetensors`: close to what was trained; they divide by the norm of the \
+base's weights where the method divides by that of the sum |
+| AUTOMATIC1111 | not as trained: it takes the norms the other way round |
+
+The same everywhere: `lora-scripts export --lora {folder} --merge --single-file` makes one \
+checkpoint with the LoRA in it."""
 TOLERANCE = 1e-5  # of the output's largest value, both computed in float32 on one device
 
 
@@ -60,9 +73,17 @@ class ImageExport:
 
     def card_usage(self) -> str:
         folder = self.config.output_dir.as_posix()
-        return USAGE.format(name=self.config.output_name, folder=folder)
+        usage = DORA_USAGE if self.config.lora_type == "dora" else USAGE
+        return usage.format(name=self.config.output_name, folder=folder)
 
     def hints(self) -> list[str]:
+        if self.config.lora_type == "dora":
+            return [
+                f"{DIFFUSERS_NAME} is for diffusers, {self.config.output_name}.safetensors for "
+                "ComfyUI and Forge, which come close; AUTOMATIC1111 applies DoRA otherwise",
+                f"exact everywhere: lora-scripts export --lora {self.config.output_dir} --merge "
+                "--single-file",
+            ]
         return [
             f"in a WebUI prompt: <lora:{self.config.output_name}:0.8>; "
             f"in diffusers: load_lora_weights({str(self.config.output_dir)!r})"
@@ -79,7 +100,13 @@ def metadata(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.lora_rank),
         "ss_network_alpha": str(config.lora_alpha),
+        "ss_network_args": json.dumps(_network_args(config)),
+        "ss_network_dropout": str(config.lora_dropout),
         "ss_learning_rate": str(config.learning_rate),
+        "ss_unet_lr": str(config.learning_rate),
+        "ss_text_encoder_lr": (
+            str(config.text_encoder_learning_rate) if config.train_text_encoder else "None"
+        ),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_optimizer": config.optimizer,
         "ss_batch_size_per_device": str(config.batch_size),
@@ -102,6 +129,14 @@ def metadata(
     }
 
 
+def _network_args(config: ImageConfig) -> dict[str, str]:
+    """What is not plain LoRA on attention, in kohya's words where it has them."""
+    args = {"lora_type": config.lora_type, "lora_targets": str(config.lora_targets)}
+    if config.lora_targets == "all":
+        args |= {"conv_dim": str(config.lora_rank), "conv_alpha": str(config.lora_alpha)}
+    return args
+
+
 def write_checkpoint_file(
     task: DiffusionTask, config: ImageConfig, started: float, folder: Path, position: Position
 ) -> list[Path]:
@@ -122,7 +157,7 @@ def write_finished(
     task: DiffusionTask, config: ImageConfig, started: float, position: Position
 ) -> list[Path]:
     """The finished LoRA under its two names."""
-    return files.write_twice(
+    return files.write_finished(
         config.output_dir,
         config.output_name,
         {name: lora.layers(module) for name, module in task.adapted.items()},

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL.Image import Image
@@ -108,6 +108,9 @@ class ImageFamily(Protocol):
     def tokenize(self, prompt: str) -> dict[str, torch.Tensor]:
         """A prompt's token ids by encoder, each int64 (parts, tokens a part); no model runs."""
 
+    def cut_tokens(self, prompt: str) -> int:
+        """How many tokens at the end of a prompt are not read."""
+
     def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
         """The conditioning of a batch of tokenized prompts, on the device, with gradients."""
 
@@ -135,6 +138,12 @@ class ImageFamily(Protocol):
 
     def load_file(self, path: Path) -> None:
         """Put a LoRA (a file, or a run's folder) on the model with the library's own reader."""
+
+    def parts(self) -> Mapping[str, Any]:
+        """The modules, tokenizers and the scheduler under diffusers' names."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model as it is as a diffusers folder; no adapters may be on it."""
 
     def webui_name(self, component: str, path: str) -> str:
         """The name under which WebUI and ComfyUI look for the adapter of a layer."""

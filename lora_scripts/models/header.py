@@ -1,4 +1,4 @@
-"""The header of a .safetensors file: names, dtypes and shapes, without the tensors."""
+"""The header of a .safetensors file: names, dtypes, shapes and remarks, without the tensors."""
 
 from __future__ import annotations
 
@@ -34,6 +34,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         UserError: The file is empty, is no safetensors file, is damaged or was cut short.
     """
+    return _read(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The remarks in the header of a .safetensors file; {} where there are none.
+
+    Raises:
+        UserError: as `read_header` does.
+    """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -43,7 +56,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         text = file.read(length)
     try:
         entries = json.loads(text)
-        entries.pop("__metadata__", None)
+        metadata = entries.pop("__metadata__", None) or {}
+        remarks = {str(key): str(value) for key, value in metadata.items()}
         tensors = {
             name: TensorInfo(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
             for name, entry in entries.items()
@@ -58,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"the file is damaged: its header describes {described:,} bytes, there are {size:,}. "
             "A download that was cut short looks like this: fetch it again",
         )
-    return tensors
+    return tensors, remarks
 
 
 def _refuse(path: Path, first: bytes, size: int, length: int) -> NoReturn:

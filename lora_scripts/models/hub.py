@@ -17,9 +17,23 @@ from lora_scripts.errors import user_error
 _NAME = r"[A-Za-z0-9](?:(?!--|\.\.)[\w.-]){0,94}(?<![.-])"
 HUB_ID = re.compile(rf"{_NAME}/{_NAME}(?<!\.git)", re.ASCII)
 FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-# What an SD pipeline needs: configs, tokenizers, safetensors weights; no pickles, no copies.
-WANTED = ("model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors", "*/*.model")
-UNWANTED = ("*non_ema*", "*.fp16.*", "*.bf16.*", "safety_checker/*", "*flax*", "*openvino*")
+# What an SD or SDXL pipeline needs: configs, tokenizers, .safetensors weights; no pickles, nothing
+# for onnx, openvino or flax, no copies such as `vae_1_0/` or a single file beside the folders.
+WANTED = (
+    "model_index.json",
+    *(f"{part}/*.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")),
+    *(f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder", "text_encoder_2")),
+    *(f"{part}/*" for part in ("tokenizer", "tokenizer_2")),
+)
+# Of a VAE alone, or of a pipeline whose VAE is wanted.
+WANTED_OF_VAE = (
+    "config.json",
+    "diffusion_pytorch_model*.safetensors",
+    "model_index.json",
+    "vae/*.json",
+    "vae/*.safetensors",
+)
+UNWANTED = ("*non_ema*", "*.fp16.*", "*.bf16.*", "*flax*", "*openvino*", "*onnx*")
 
 
 def local_path(base_model: str) -> Path | None:

@@ -1,41 +1,28 @@
-"""Stable Diffusion 1.x: load, encode, predict, draw, and the names its LoRA files use."""
+"""Stable Diffusion 1.x and 2.x: load, encode, predict, draw, and the names their LoRA files use."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
 )
-from PIL import Image
+from PIL.Image import Image
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_scripts.device import Compute
-from lora_scripts.errors import user_error
+from lora_scripts.models import clip_text, latents, prediction, schedule, single_file, vae_file
 from lora_scripts.models import unet as unet_layers
+from lora_scripts.models.components import content_id, read_part, visit
 from lora_scripts.models.family import (
     Conditioning,
     DrawRequest,
@@ -45,59 +32,61 @@ from lora_scripts.models.family import (
     Prediction,
     Preset,
 )
-from lora_scripts.models.sd_single_file import Parts, load_single_file
 from lora_scripts.models.signature import Signature
+from lora_scripts.models.single_file import Parts
 
-SCHEDULERS = (
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+# family and prediction -> ss_base_model_version, modelspec.architecture
+VERSIONS: Mapping[tuple[str, Prediction], tuple[str, str]] = {
+    ("sd1", "epsilon"): ("sd_v1", "stable-diffusion-v1"),
+    ("sd1", "v_prediction"): ("sd_v1", "stable-diffusion-v1"),
+    ("sd2", "epsilon"): ("sd_v2", "stable-diffusion-v2-512"),
+    ("sd2", "v_prediction"): ("sd_v2_v", "stable-diffusion-v2-768-v"),
+}
 
 
 class StableDiffusion:
-    """An SD1.x model in memory. The UNet is held in the run's precision, the encoders in float32.
+    """An SD1.x or SD2.x model in memory: the UNet in the run's precision, the rest in float32.
 
-    The encoders stay on the CPU and visit the device only while they are needed.
+    The encoders stay on the CPU and visit the device only while they are needed; one that is used
+    in every step is kept there (`keep_on_device`). A text encoder that is trained is held in
+    float32, too, and computes under the loop's autocast.
     """
-
-    pixel_multiple: int
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        scheduler: SchedulerMixin,
+        name: Literal["sd1", "sd2"],
+        parts: Parts,
         compute: Compute,
+        options: Options,
+        said: prediction.Said,
     ) -> None:
+        unet: UNet2DConditionModel = parts["unet"]
+        text_encoder: CLIPTextModel = parts["text_encoder"]
+        self.name = name
         self.unet = unet.to(compute.device).requires_grad_(False).eval()
-        self.vae = vae.float().requires_grad_(False).eval()
+        self.vae: AutoencoderKL = latents.prepare(parts["vae"])
         self.text_encoder = text_encoder.float().requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.scheduler = scheduler
+        self.tokenizer: CLIPTokenizer = parts["tokenizer"]
         self.compute = compute
+        self.options = options
         self.adapted: Mapping[str, nn.Module] = {
             "unet": self.unet,
             "text_encoder": self.text_encoder,
         }
-        self.prediction: Prediction = _prediction(scheduler)
-        self.alphas_cumprod_T = _noise_schedule(scheduler)
-        self.vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.native_size = unet.config.sample_size * self.vae_factor
-        self.pixel_multiple = self.vae_factor * 2 ** (len(unet.config.block_out_channels) - 1)
+        clip_text.check_skip({"text_encoder": text_encoder}, options.clip_skip)
+        side_factor = latents.side_factor(self.vae)
+        self.latent_size: int = unet.config.sample_size
+        self.native_size = self.latent_size * side_factor
+        self.pixel_multiple = unet_layers.pixel_multiple(unet, side_factor)
+        self.probe_side = 2 * self.pixel_multiple // side_factor
+        self.last_timestep: int = parts["scheduler"].config.num_train_timesteps - 1
+        settled = prediction.settle(options, said, self._try_out)
+        self.prediction = settled.prediction
+        self.scheduler: SchedulerMixin = schedule.settled(
+            parts["scheduler"], settled.prediction, zero_snr=settled.zero_snr
+        )
+        self.alphas_cumprod_T = schedule.alphas_cumprod(self.scheduler)
 
     def targets(self, chosen: Preset | Sequence[str]) -> Mapping[str, Sequence[str]]:
         return unet_layers.targets(self.adapted, chosen)
@@ -108,42 +97,36 @@ class StableDiffusion:
 
     @cached_property
     def image_encoder_id(self) -> str:
-        return content_id(self.vae)
+        return latents.content_id_of(self.vae, self.options)
 
     @cached_property
     def text_encoder_id(self) -> str:
-        return content_id(self.text_encoder, str(sorted(self.tokenizer.get_vocab().items())))
+        return content_id(self.text_encoder, *clip_text.reading_of([self.tokenizer], self.options))
 
-    @torch.no_grad()
     def encode_image(self, pixels_CHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self.visiting("image"):
-            latent = self.vae.encode(pixels_CHW[None].to(self.vae.device)).latent_dist
-        scale = self.vae.config.scaling_factor
-        return latent.mean[0].cpu() * scale, latent.std[0].cpu() * scale
+            return latents.encode(self.vae, pixels_CHW)
 
-    @torch.no_grad()
     def encode_prompt(self, prompt: str) -> dict[str, torch.Tensor]:
-        with self.visiting("text"):
-            conditioning = self.encode_tokens([self.tokenize(prompt)])
-        return {name: tensor[0].cpu() for name, tensor in conditioning.items()}
+        return self._encode(self.tokenize(prompt))
 
     def tokenize(self, prompt: str) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return {"text_encoder": tokens.input_ids}
+        most = self.options.max_caption_tokens
+        return {"text_encoder": clip_text.tokenize(self.tokenizer, prompt, most)}
+
+    def cut_tokens(self, prompt: str) -> int:
+        return clip_text.lost_tokens(self.tokenizer, prompt, self.options.max_caption_tokens)
 
     def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
-        ids_BS = torch.cat([prompt["text_encoder"] for prompt in prompts])
-        ids_BS = ids_BS.to(self.text_encoder.device)
-        return {"embedding": self.text_encoder(ids_BS).last_hidden_state}
+        ids = [prompt["text_encoder"] for prompt in prompts]
+        ids_PS = torch.cat(ids).to(self.text_encoder.device)
+        states_PSD = clip_text.last_states(
+            self.text_encoder, ids_PS, skip=self.options.clip_skip or 1
+        )
+        return self.collate([{"embedding": e} for e in clip_text.laid_out(states_PSD, ids)])
 
     def collate(self, rows: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return clip_text.collate(rows)
 
     def frame(self, framing: Framing) -> dict[str, torch.Tensor]:
         return {}
@@ -151,21 +134,16 @@ class StableDiffusion:
     def predict(
         self, noisy_BCHW: torch.Tensor, timesteps_B: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        output: torch.Tensor = self.unet(
-            noisy_BCHW.to(self.unet.dtype),
-            timesteps_B,
-            encoder_hidden_states=conditioning["embedding"].to(self.unet.dtype),
-            return_dict=False,
-        )[0]
-        return output
+        return unet_layers.denoise(self.unet, noisy_BCHW, timesteps_B, conditioning)
 
     @torch.no_grad()
-    def draw(self, request: DrawRequest) -> Image.Image:
+    def draw(self, request: DrawRequest) -> Image:
         # Without a text encoder the pipeline takes the UNet's dtype for everything it computes.
         pipeline = self._pipeline(text_encoder=None)
+        wanted = [self.tokenize(text) for text in (request.prompt, request.negative_prompt)]
         prompt_SD, negative_SD = (
-            self.encode_prompt(text)["embedding"].to(self.compute.device, self.unet.dtype)
-            for text in (request.prompt, request.negative_prompt)
+            self._encode(tokens)["embedding"].to(self.compute.device, self.unet.dtype)
+            for tokens in clip_text.balanced(wanted, self.tokenize(""))
         )
         with self.visiting("image"):
             with self.compute.autocast():
@@ -179,17 +157,15 @@ class StableDiffusion:
                     generator=torch.Generator().manual_seed(request.seed),
                     output_type="latent",
                 ).images
-            scale = self.vae.config.scaling_factor
-            pixels_BCHW = self.vae.decode(latents_BCHW.float() / scale).sample
-        return _to_image(pixels_BCHW[0])
+            return latents.decode(self.vae, latents_BCHW)
 
     def checkpoint_gradients(self) -> None:
         self.unet.enable_gradient_checkpointing()
+        self.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
     def probe(self) -> torch.Tensor:
         source = torch.Generator().manual_seed(0)
-        side = 2 * self.pixel_multiple // self.vae_factor
-        config = self.unet.config
+        side, config = self.probe_side, self.unet.config
         noisy_BCHW = torch.randn(1, config.in_channels, side, side, generator=source)
         tokens = self.tokenizer.model_max_length
         embedding_BSD = torch.randn(1, tokens, config.cross_attention_dim, generator=source)
@@ -208,21 +184,57 @@ class StableDiffusion:
         folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
         pipeline.load_lora_weights(str(folder), weight_name=file, local_files_only=True)
 
+    def parts(self) -> Mapping[str, Any]:
+        return {
+            **self.adapted,
+            "vae": self.vae,
+            "tokenizer": self.tokenizer,
+            "scheduler": self.scheduler,
+        }
+
+    def save(self, folder: Path) -> None:
+        self._pipeline(text_encoder=self.text_encoder).save_pretrained(str(folder))
+
     def webui_name(self, component: str, path: str) -> str:
-        # transformers >= 5.6 has no `text_model.` level in CLIPTextModel; the WebUIs expect it.
-        if component == "text_encoder" and not path.startswith("text_model."):
-            path = f"text_model.{path}"
-        return f"{PREFIXES[component]}_{path.replace('.', '_')}"
+        return unet_layers.webui_name(PREFIXES[component], path, is_text=component != "unet")
 
     def metadata(self) -> dict[str, str]:
+        version, architecture = VERSIONS[self.name, self.prediction]
         return {
-            "ss_base_model_version": "sd_v1",
-            "ss_v2": "False",
-            "modelspec.architecture": "stable-diffusion-v1/lora",
-            "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[
-                self.prediction
-            ],
+            "ss_base_model_version": version,
+            "ss_v2": str(self.name == "sd2"),
+            "modelspec.architecture": f"{architecture}/lora",
+            **prediction.metadata(self.prediction, self.scheduler),
         }
+
+    def visiting(self, encoder: Encoder) -> AbstractContextManager[None]:
+        return visit([self._encoder(encoder)], self.compute.device)
+
+    def keep_on_device(self, encoder: Encoder) -> None:
+        self._encoder(encoder).to(self.compute.device)
+
+    def _encoder(self, encoder: Encoder) -> nn.Module:
+        module: nn.Module = self.vae if encoder == "image" else self.text_encoder
+        return module
+
+    @torch.no_grad()
+    def _encode(self, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with self.visiting("text"):
+            conditioning = self.encode_tokens([tokens])
+        return {name: tensor[0].cpu() for name, tensor in conditioning.items()}
+
+    def _try_out(self) -> Prediction | None:
+        """What the UNet predicts, by its answer to pure noise and an empty prompt."""
+        device = self.compute.device
+        embedding_SD = self.encode_prompt("")["embedding"].to(device)
+        conditioning = {"embedding": torch.stack([embedding_SD] * 2)}
+        timesteps_B = torch.full((2,), self.last_timestep, device=device)
+
+        def denoise(noise_BCHW: torch.Tensor) -> torch.Tensor:
+            with self.compute.autocast():
+                return self.predict(noise_BCHW.to(device), timesteps_B, conditioning)
+
+        return prediction.try_out(denoise, self.unet.config.in_channels, self.latent_size)
 
     def _pipeline(self, text_encoder: CLIPTextModel | None) -> StableDiffusionPipeline:
         """diffusers' pipeline around the model. Its UNet steps run in the run's precision; prompts
@@ -240,19 +252,6 @@ class StableDiffusion:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    @contextmanager
-    def visiting(self, encoder: Encoder) -> Iterator[None]:
-        module = {"image": self.vae, "text": self.text_encoder}[encoder]
-        home = module.device
-        module.to(self.compute.device)
-        try:
-            yield
-        finally:
-            module.to(home)
-
-    def keep_on_device(self, encoder: Encoder) -> None:
-        {"image": self.vae, "text": self.text_encoder}[encoder].to(self.compute.device)
-
 
 def load(found: Signature, compute: Compute, options: Options) -> StableDiffusion:
     """Read a diffusers folder or an original single file. No network, no pickle."""
@@ -260,67 +259,20 @@ def load(found: Signature, compute: Compute, options: Options) -> StableDiffusio
         case "diffusers":
             parts = _load_folder(found.path, found.variant, compute.dtype)
         case "ldm":
-            parts = load_single_file(found.path, compute.dtype)
-    return StableDiffusion(**parts, compute=compute)
-
-
-def content_id(module: nn.Module, *more: str) -> str:
-    """SHA-256 over a module's tensors, their names and `more`: the key of what it produces."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    for text in more:
-        digest.update(text.encode("utf-8"))
-    return digest.hexdigest()
+            parts = single_file.load(found, compute.dtype)
+    if options.vae is not None:
+        vae = vae_file.find_vae(options.vae)
+        parts["vae"] = vae_file.load_vae(vae.path, parts["vae"].config)
+    said = prediction.said_by(found, parts["scheduler"])
+    assert found.family != "sdxl"
+    return StableDiffusion(found.family, parts, compute, options, said)
 
 
 def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> Parts:
-    def weights(cls: Any, part: str, dtype: torch.dtype) -> Any:
-        return cls.from_pretrained(
-            str(path / part),
-            dtype=dtype,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-
     return {
-        "unet": weights(UNet2DConditionModel, "unet", dtype),
-        "vae": weights(AutoencoderKL, "vae", torch.float32),
-        "text_encoder": weights(CLIPTextModel, "text_encoder", torch.float32),
+        "unet": read_part(UNet2DConditionModel, path / "unet", variant, dtype),
+        "vae": read_part(AutoencoderKL, path / "vae", variant, torch.float32),
+        "text_encoder": read_part(CLIPTextModel, path / "text_encoder", variant, torch.float32),
         "tokenizer": CLIPTokenizer.from_pretrained(str(path / "tokenizer"), local_files_only=True),
-        "scheduler": _load_scheduler(path / "scheduler"),
+        "scheduler": schedule.read(path / "scheduler"),
     }
-
-
-def _load_scheduler(folder: Path) -> SchedulerMixin:
-    config = DDPMScheduler.load_config(str(folder), local_files_only=True)
-    name = config["_class_name"]
-    known = {cls.__name__: cls for cls in SCHEDULERS}
-    if name not in known:
-        what = f"the scheduler {name} is none of {', '.join(known)}"
-        raise user_error(str(folder / "scheduler_config.json"), what)
-    return known[name].from_config(config)
-
-
-def _prediction(scheduler: SchedulerMixin) -> Prediction:
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return "epsilon"
-        case "v_prediction":
-            return "v_prediction"
-        case other:
-            what = f"prediction_type is {other}; this version trains epsilon and v_prediction"
-            raise user_error("base_model: scheduler/scheduler_config.json", what)
-
-
-def _noise_schedule(scheduler: SchedulerMixin) -> torch.Tensor:
-    """The training schedule that belongs to a sampler's config (zero terminal SNR included)."""
-    alphas_cumprod_T: torch.Tensor = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
-    return alphas_cumprod_T.float()
-
-
-def _to_image(pixels_CHW: torch.Tensor) -> Image.Image:
-    array_HWC = ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0)
-    return Image.fromarray(array_HWC.to("cpu", torch.uint8).numpy(), mode="RGB")

@@ -52,10 +52,14 @@ def load_family(found: Signature, compute: Compute, options: Options | None = No
     """Read an image model into memory."""
     options = options or Options()
     match found.family:
-        case "sd1":
+        case "sd1" | "sd2":
             from lora_scripts.models import sd
 
             return sd.load(found, compute, options)
+        case "sdxl":
+            from lora_scripts.models import sdxl
+
+            return sdxl.load(found, compute, options)
 
 
 def options_of(config: ImageConfig) -> Options:

@@ -1,33 +1,38 @@
-"""Text-to-image: a family's denoiser, its noise schedule, and the weighting of the loss.
+"""Text-to-image: pictures and captions become batches, batches a loss on a family's denoiser.
 
 Tensor suffixes: B batch, C channels, H height, W width (latent), T training timesteps.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import nn
+from torch.nn import functional
 
 from lora_scripts.data import cache
-from lora_scripts.data.images import Gathered, Picture, PictureSet, pixels_of
-from lora_scripts.errors import Problem, UserError
-from lora_scripts.models import lora
-from lora_scripts.models.family import DrawRequest, ImageFamily, Prediction
+from lora_scripts.data.images import Gathered
+from lora_scripts.data.views import Picture, PictureSet
+from lora_scripts.errors import Problem, UserError, user_error
+from lora_scripts.files import file_hash
+from lora_scripts.models import lora, lora_file
+from lora_scripts.models.family import Conditioning, DrawRequest, ImageFamily
 from lora_scripts.randomness import generator, seed_of
 from lora_scripts.schema import ImageConfig, SamplePrompt
+from lora_scripts.tasks import image_metadata
+from lora_scripts.tasks.going_on import noted, start_from
+from lora_scripts.tasks.image_views import Progress, ViewReader, parts_of
+from lora_scripts.tasks.noising import diffuse, min_snr_weight
 from lora_scripts.tasks.task import Batch, Indices, Key, Loss
 
 MEASURED_VIEWS = 16  # forward passes of one held-out measurement, spread over pictures and noise
 MEASURED_TRAINING_PICTURES = 8  # when nothing is held out
 FEW_STEPS = 300
 FEW_VIEWS = 15
-
-Progress = Callable[[str, int, int], None]
 
 
 class DiffusionTask:
@@ -37,21 +42,34 @@ class DiffusionTask:
         _check_sample_sizes(config, family.pixel_multiple)
         self.config = config
         self.family = family
-        self.train_set = PictureSet.repeated(data.train)
+        self.train_set = PictureSet.repeated(data.train, data.regularisation)
         self.held_out = bool(data.validation)
         measured = data.validation or data.train[:MEASURED_TRAINING_PICTURES]
         self.validation_set = PictureSet.measured(measured, MEASURED_VIEWS)
-        self.latents = cache.Cache(config.cache_dir, "latents")
-        self.prompts = cache.Cache(config.cache_dir, "prompts")
+        self.reader = ViewReader(config, family)
         self.fingerprint: Mapping[str, str] = {
             "data": _data_id(self.train_set, self.validation_set),
             "base_model": _base_id(family),
+            **noted(lora_file.locate(config.init_lora) if config.init_lora else None),
         }
 
     @property
     def adapted(self) -> Mapping[str, nn.Module]:
         trained = self.family.adapted if self.config.train_text_encoder else ("unet",)
         return {name: self.family.adapted[name] for name in trained}
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]:
+        config = self.config
+        return {
+            name: config.learning_rate if name == "unet" else config.text_encoder_learning_rate
+            for name in self.adapted
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(iter(next(iter(self.family.adapted.values())).parameters())).device
 
     @property
     def items(self) -> int:
@@ -63,7 +81,9 @@ class DiffusionTask:
         buckets = Counter(picture.bucket for picture in self.train_set.pictures)
         sizes = ", ".join(f"{w}×{h}: {count}" for (w, h), count in sorted(buckets.items()))
         held_out = len(self.validation_set.pictures) if self.held_out else "none"
-        return f"{self.items} pictures ({sizes}), {held_out} held out"
+        kept = len({p.record.path for p in self.train_set.regularisation})
+        beside = f", {kept} for regularisation" if kept else ""
+        return f"{self.items} pictures ({sizes}){beside}, {held_out} held out"
 
     def advice(self, steps: int, views: float) -> str | None:
         """What a person with so few steps, or views of each picture, should know."""
@@ -77,6 +97,7 @@ class DiffusionTask:
     def attach(self) -> None:
         """Freeze the model and put the LoRA on it."""
         targets = self.family.targets(self.config.lora_targets)
+        _check_targets(self.adapted, targets, self.config.lora_targets)
         for component, module in self.adapted.items():
             lora.attach(
                 module,
@@ -85,85 +106,107 @@ class DiffusionTask:
                 alpha=self.config.lora_alpha,
                 dropout=self.config.lora_dropout,
                 seed=seed_of(self.config.seed, "lora", component),
+                kind=self.config.lora_type,
             )
+        if self.config.init_lora is not None:
+            finished = lora_file.read(self.config.init_lora, self.family)
+            start_from(self.config.init_lora, self.adapted, finished)
         if self.config.gradient_checkpointing:
             self.family.checkpoint_gradients()
 
     def encode(self, progress: Progress) -> None:
-        """Encode every picture and caption that is not in the cache yet."""
-        pictures = (*self.train_set.pictures, *self.validation_set.pictures)
-        mirrors = (False, True) if self.config.random_flip else (False,)
-        jobs = {self._latent_key(p, mirrored=m): (p, m) for p in pictures for m in mirrors}
-
-        def encode_picture(key: str) -> Mapping[str, torch.Tensor]:
-            picture, mirrored = jobs[key]
-            mean_CHW, std_CHW = self.family.encode_image(pixels_of(picture, mirrored=mirrored))
-            return {"mean": mean_CHW, "std": std_CHW}
-
-        with self.family.visiting("image"):
-            cache.fill(self.latents, jobs, encode_picture, _named("pictures", progress))
-
-        texts = {self._prompt_key(text): text for text in ("", *(p.caption for p in pictures))}
-        with self.family.visiting("text"):
-            cache.fill(
-                self.prompts,
-                texts,
-                lambda key: self.family.encode_prompt(texts[key]),
-                _named("captions", progress),
-            )
+        """Encode every picture and caption that is to be cached and is not in the cache yet."""
+        learned = (*self.train_set.pictures, *self.train_set.regularisation)
+        self.reader.encode(learned, self.validation_set.pictures, progress)
 
     def plan(self, key: Key) -> Sequence[Indices]:
-        batch_size = self.config.batch_size
-        return self._set_of(key).batches(batch_size, key.seed, key.split, "order", key.epoch)
+        size = self.config.batch_size
+        return self._set_of(key).batches(size, key.seed, key.split, "order", epoch=key.epoch)
 
     def load(self, indices: Indices, key: Key) -> Batch:
-        rows = [self._load_view(index, key) for index in indices]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {
-            "indices": indices
-        }
-
-    def _load_view(self, index: int, key: Key) -> dict[str, torch.Tensor]:
-        """One view's latent distribution and conditioning; flip and dropout follow from `key`."""
-        picture = self._set_of(key).at(index)
-        mirrored, dropped = False, False
-        if key.split == "train":
-            choice = torch.rand(2, generator=generator(*_parts(key), index, "view"))
-            mirrored = self.config.random_flip and bool(choice[0] < 0.5)
-            dropped = bool(choice[1] < self.config.caption_dropout)
-        latent = self.latents.read(self._latent_key(picture, mirrored=mirrored))
-        prompt = self.prompts.read(self._prompt_key("" if dropped else picture.caption))
-        return {**latent, **{f"conditioning.{name}": t for name, t in prompt.items()}}
+        pictures = self._set_of(key)
+        rows = [self.reader.read(pictures.at(index), index, key) for index in indices]
+        batch: dict[str, Any] = {"indices": indices}
+        for name in ("mean", "std", "pixels", "mask"):
+            if name in rows[0]:
+                batch[name] = torch.stack([row[name] for row in rows])
+        told = [row["told"] for row in rows]
+        if self.reader.prompts_are_cached:
+            found = self.family.collate(told)
+            batch |= {f"conditioning.{name}": tensor for name, tensor in found.items()}
+        else:
+            batch["tokens"] = told
+        frames = [row["frame"] for row in rows]
+        batch |= {f"conditioning.{n}": torch.stack([f[n] for f in frames]) for n in frames[0]}
+        return batch
 
     def loss(self, batch: Batch, key: Key) -> Loss:
-        """Squared error of the noise or the velocity, averaged over each latent, summed over B."""
-        mean_BCHW, std_BCHW = batch["mean"], batch["std"]
-        alphas_cumprod_T = self.family.alphas_cumprod_T.to(mean_BCHW.device)
+        """Squared error of noise or velocity: a mean over each latent, a weighted sum over B.
+
+        With masks the error of each latent pixel is weighed by the mask, and so is the count: the
+        loss is the mean over what is learned.
+        """
+        mean_BCHW, std_BCHW = self._latents(batch)
+        device = mean_BCHW.device
+        alphas_cumprod_T = self.family.alphas_cumprod_T.to(device)
         draws = [self._draw(index, key, mean_BCHW.shape[1:]) for index in batch["indices"]]
         spreads, noises, timesteps = zip(*draws, strict=True)
-        spread_BCHW = torch.stack(spreads).to(mean_BCHW.device)
-        noise_BCHW = torch.stack(noises).to(mean_BCHW.device)
-        timesteps_B = torch.tensor(timesteps, device=mean_BCHW.device)
+        spread_BCHW = torch.stack(spreads).to(device)
+        noise_BCHW = torch.stack(noises).to(device)
+        timesteps_B = torch.tensor(timesteps, device=device)
         latents_BCHW = mean_BCHW + std_BCHW * spread_BCHW
         signal_B = alphas_cumprod_T[timesteps_B]
         noisy_BCHW, target_BCHW = diffuse(
             latents_BCHW, noise_BCHW, signal_B, self.family.prediction
         )
+        output_BCHW = self.family.predict(noisy_BCHW, timesteps_B, self._conditioning(batch))
+        error_BCHW = (output_BCHW.float() - target_BCHW).square()
+        weight_B = share_B = self._weights(batch["indices"], key)
+        if "mask" in batch:
+            height, width = error_BCHW.shape[-2:]
+            mask_B1HW = functional.adaptive_avg_pool2d(batch["mask"], (height, width))
+            error_BCHW = error_BCHW * mask_B1HW
+            share_B = weight_B * mask_B1HW.mean(dim=(1, 2, 3)).cpu()
+        error_B = error_BCHW.mean(dim=(1, 2, 3))
+        if self.config.min_snr_gamma is not None:
+            error_B = error_B * min_snr_weight(
+                signal_B, self.config.min_snr_gamma, self.family.prediction
+            )
+        return Loss(total=(weight_B.to(device) * error_B).sum(), count=float(share_B.sum()))
+
+    def _latents(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of the latents, from the cache or from the pixels, one by one."""
+        if "mean" in batch:
+            return batch["mean"], batch["std"]
+        with torch.no_grad(), torch.autocast(batch["pixels"].device.type, enabled=False):
+            encoded = [self.family.encode_image(pixels_CHW) for pixels_CHW in batch["pixels"]]
+        device = batch["pixels"].device
+        means, deviations = zip(*encoded, strict=True)
+        return torch.stack(means).to(device), torch.stack(deviations).to(device)
+
+    def _conditioning(self, batch: Batch) -> Conditioning:
+        """What the denoiser is told: cached, or encoded now, with gradients where it is trained."""
         conditioning = {
             name.removeprefix("conditioning."): tensor
             for name, tensor in batch.items()
             if name.startswith("conditioning.")
         }
-        output_BCHW = self.family.predict(noisy_BCHW, timesteps_B, conditioning)
-        error_B = (output_BCHW.float() - target_BCHW).square().mean(dim=(1, 2, 3))
-        if self.config.min_snr_gamma is not None:
-            error_B = error_B * min_snr_weight(
-                signal_B, self.config.min_snr_gamma, self.family.prediction
-            )
-        return Loss(total=error_B.sum(), count=len(batch["indices"]))
+        if "tokens" not in batch:
+            return conditioning
+        if self.config.train_text_encoder:
+            return {**self.family.encode_tokens(batch["tokens"]), **conditioning}
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return {**self.family.encode_tokens(batch["tokens"]), **conditioning}
+
+    def _weights(self, indices: Indices, key: Key) -> torch.Tensor:
+        """The weight of each view's loss, shape B, on the CPU."""
+        pictures = self._set_of(key)
+        prior = self.config.prior_loss_weight
+        return torch.tensor([prior if pictures.is_regularisation(i) else 1.0 for i in indices])
 
     def release(self) -> None:
         """Let go of the model, so that another fits into memory."""
-        del self.family
+        del self.family, self.reader
 
     def sample(self, key: Key) -> Mapping[str, Image | str]:
         return {
@@ -172,29 +215,9 @@ class DiffusionTask:
         }
 
     def metadata(self) -> dict[str, str]:
-        buckets = Counter(self.train_set.at(view).bucket for view in range(len(self.train_set)))
-        tags: dict[str, Counter[str]] = {}
-        for picture in self.train_set.pictures:
-            folder = tags.setdefault(picture.record.path.parent.name, Counter())
-            folder.update(tag.strip() for tag in picture.caption.split(",") if tag.strip())
-        folders = Counter(p.record.path.parent.name for p in self.train_set.pictures)
         return {
             **self.family.metadata(),
-            "ss_sd_model_name": self.config.base_model,
-            "ss_resolution": f"({self.config.resolution}, {self.config.resolution})",
-            "ss_num_train_images": str(len(self.train_set)),
-            "ss_dataset_dirs": json.dumps(
-                {name: {"n_repeats": 1, "img_count": count} for name, count in folders.items()}
-            ),
-            "ss_bucket_info": json.dumps(
-                {
-                    "buckets": {
-                        str(i): {"resolution": list(size), "count": count}
-                        for i, (size, count) in enumerate(sorted(buckets.items()))
-                    }
-                }
-            ),
-            "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
+            **image_metadata.describe(self.config, self.train_set),
             "lora_scripts.base_model_hash": self.fingerprint["base_model"],
             "lora_scripts.trigger_word": self.config.trigger_word or "",
         }
@@ -206,21 +229,18 @@ class DiffusionTask:
         self, index: int, key: Key, shape: torch.Size
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Spread within the latent's distribution, noise, and timestep of one view."""
-        source = generator(*_parts(key), index, "noise")
+        source = generator(*parts_of(key), index, "noise")
         spread_CHW = torch.randn(shape, generator=source)
         noise_CHW = torch.randn(shape, generator=source)
+        if self.config.noise_offset:
+            shift = generator(*parts_of(key), index, "noise offset")
+            noise_CHW += self.config.noise_offset * torch.randn(shape[0], 1, 1, generator=shift)
         count = len(self.family.alphas_cumprod_T)
         if key.split == "train":
             timestep = int(torch.randint(count, (), generator=source))
         else:  # evenly spread, the same every time
             timestep = int((index + 0.5) / len(self.validation_set) * count)
         return spread_CHW, noise_CHW, timestep
-
-    def _latent_key(self, picture: Picture, *, mirrored: bool) -> str:
-        return cache.key_of(picture.content, picture.bucket, mirrored, self.family.image_encoder_id)
-
-    def _prompt_key(self, text: str) -> str:
-        return cache.key_of(text, self.family.text_encoder_id)
 
     def _request(self, prompt: SamplePrompt, key: Key) -> DrawRequest:
         return DrawRequest(
@@ -232,37 +252,6 @@ class DiffusionTask:
             height=prompt.height or self.config.resolution,
             seed=key.seed if prompt.seed is None else prompt.seed,
         )
-
-
-def diffuse(
-    latents_BCHW: torch.Tensor,
-    noise_BCHW: torch.Tensor,
-    signal_B: torch.Tensor,
-    prediction: Prediction,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The noisy latent and the training target at signal level ᾱ = `signal_B`.
-
-    x_t = √ᾱ x₀ + √(1−ᾱ) ε (Ho et al. 2020, arXiv 2006.11239, eq. 4); the target is ε, or the
-    velocity √ᾱ ε − √(1−ᾱ) x₀ (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
-    """
-    signal_B111 = signal_B.sqrt()[:, None, None, None]
-    noise_B111 = (1 - signal_B).sqrt()[:, None, None, None]
-    noisy_BCHW = signal_B111 * latents_BCHW + noise_B111 * noise_BCHW
-    if prediction == "epsilon":
-        return noisy_BCHW, noise_BCHW
-    return noisy_BCHW, signal_B111 * noise_BCHW - noise_B111 * latents_BCHW
-
-
-def min_snr_weight(signal_B: torch.Tensor, gamma: float, prediction: Prediction) -> torch.Tensor:
-    """Min-SNR-γ weights, shape B (Hang et al. 2023, arXiv 2303.09556, section 3.4).
-
-    min(snr, γ) / snr for ε and min(snr, γ) / (snr + 1) for v, with snr = ᾱ / (1 − ᾱ). At zero
-    signal the weight for ε is its limit, 1.
-    """
-    snr_B = signal_B / (1 - signal_B)
-    if prediction == "epsilon":
-        return (gamma / snr_B).clamp(max=1)
-    return snr_B.clamp(max=gamma) / (snr_B + 1)
 
 
 def _check_sample_sizes(config: ImageConfig, multiple: int) -> None:
@@ -279,21 +268,32 @@ def _check_sample_sizes(config: ImageConfig, multiple: int) -> None:
         raise UserError(problems)
 
 
+def _check_targets(
+    adapted: Collection[str], targets: Mapping[str, Sequence[str]], chosen: object
+) -> None:
+    """Names of layers that leave out a module which is to be trained."""
+    for component in adapted:
+        if not targets[component]:
+            what = f"found {chosen}; none of these is a layer of {component}, which is trained"
+            raise user_error("lora_targets", what)
+
+
 def _data_id(*sets: PictureSet) -> str:
     """A hash of everything that is learned from or measured."""
-    return cache.key_of(
-        [(p.content, p.caption, p.bucket, p.repeats) for part in sets for p in part.pictures]
-    )
+    shown = [_picture_id(picture) for part in sets for picture in part.pictures]
+    kept = [("kept", *_picture_id(picture)) for part in sets for picture in part.regularisation]
+    return cache.key_of([*shown, *kept])
+
+
+def _picture_id(picture: Picture) -> tuple[object, ...]:
+    """What a picture's part in the run depends on; for plain ones as in earlier versions."""
+    captions = picture.captions if len(picture.captions) > 1 else picture.captions[0]
+    weight = int(picture.weight) if picture.weight.is_integer() else picture.weight
+    if picture.mask is None:
+        return picture.content, captions, picture.bucket, weight
+    return picture.content, captions, picture.bucket, weight, file_hash(picture.mask)
 
 
 def _base_id(family: ImageFamily) -> str:
     """A hash of the base model's weights as they are held in memory."""
     return cache.key_of(family.denoiser_id, family.image_encoder_id, family.text_encoder_id)
-
-
-def _parts(key: Key) -> tuple[int | str, ...]:
-    return key.seed, key.split, key.epoch
-
-
-def _named(what: str, progress: Progress) -> Callable[[int, int], None]:
-    return lambda done, total: progress(what, done, total)

@@ -9,10 +9,16 @@ from pathlib import Path
 from torch import nn
 
 from lora_scripts.errors import user_error
+from lora_scripts.files import file_hash
 from lora_scripts.models import lora
 from lora_scripts.models.lora import AdaptedLayer
 
 logger = logging.getLogger(__name__)
+
+
+def noted(file: Path | None) -> dict[str, str]:
+    """What a task's fingerprint says of the finished LoRA's file: its hash; {} without one."""
+    return {} if file is None else {"init_lora": file_hash(file)}
 
 
 def start_from(

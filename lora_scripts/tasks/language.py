@@ -19,9 +19,9 @@ from lora_scripts.data.chat import ChatFormat
 from lora_scripts.models import causal_lm, lora, packing
 from lora_scripts.models.causal_lm import CausalLM
 from lora_scripts.randomness import seed_of
-from lora_scripts.run_files import SYSTEM_PROMPT
+from lora_scripts.run_files import ADAPTER_NAME, SYSTEM_PROMPT
 from lora_scripts.schema import TextConfig, TextPrompt
-from lora_scripts.tasks.going_on import start_from
+from lora_scripts.tasks.going_on import noted, start_from
 from lora_scripts.tasks.task import Batch, Indices, Key, Loss
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class LanguageTask:
         self.fingerprint: Mapping[str, str] = {
             "data": cache.key_of(contents, self.format.tokenizer_id, self.format.template),
             "base_model": base.weights_id,
+            **noted(config.init_lora / ADAPTER_NAME if config.init_lora else None),
         }
         self.own_attention: str = base.model.config._attn_implementation
         self.packed = config.packing and self._may_pack()

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-000100` with
 
-    training.safetensors   adapters in float32 and the optimizer's state
+    training.safetensors   adapters in float32, their moving average, the optimizer's state
     NAME-000100.safetensors  the adapter as a ready file in the final layout
     state.json             where the run stands, its config, checksums of the other files
 """
@@ -25,7 +25,7 @@ from torch import nn
 from lora_scripts.errors import UserError, user_error
 from lora_scripts.files import file_hash, replace, sync, write_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: may hold a moving average, and optimizer states that are maps
 ADAPTER = "adapter."  # before the names of the adapters as they are trained
 ADDED_IN_2: dict[str, Any] = {"best": None, "tallies": {}, "passing": False}
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
@@ -162,9 +162,9 @@ def read_state(checkpoint: Path) -> State:
         raise user_error(str(checkpoint / "state.json"), what) from None
     if values.get("format_version") == 1:
         values |= {"format_version": 2, **ADDED_IN_2}
-    if values.get("format_version") != FORMAT_VERSION:
+    if values.get("format_version") not in (2, FORMAT_VERSION):
         found = values.get("format_version")
-        what = f"has format_version {found}; this version reads 1 and {FORMAT_VERSION}"
+        what = f"has format_version {found}; this version reads 1 to {FORMAT_VERSION}"
         raise user_error(str(checkpoint / "state.json"), what)
     for name, expected in values["sha256"].items():
         path = checkpoint / name

@@ -29,6 +29,7 @@ from lora_scripts.files import write_text
 from lora_scripts.run_files import METRICS
 
 logger = logging.getLogger(__name__)
+COUNTED = ("epoch", "samples")  # numbers that need no curve
 SECONDS_BETWEEN_LINES = 15.0  # where there is no terminal to draw a bar on
 
 
@@ -89,8 +90,9 @@ class RunLog:
         `tallies` are counts since the start of the run (tokens, say); their rates are shown.
         """
         self._write({"step": step, **numbers, **tallies})
-        for name in ("loss", "learning_rate", "grad_norm"):
-            self._board.add_scalar(f"train/{name}", numbers[name], step)
+        for name, number in numbers.items():
+            if name not in COUNTED:
+                self._board.add_scalar(f"train/{name}", number, step)
         for name, norm in group_norms.items():
             self._board.add_scalar(f"grad_norm/{name}", norm, step)
         rate = (step - self._first_step) / max(1e-9, time.monotonic() - self._started)

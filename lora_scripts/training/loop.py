@@ -7,9 +7,8 @@ import math
 import re
 import signal
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +23,17 @@ from lora_scripts.models import lora
 from lora_scripts.randomness import seed_of
 from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import Config
-from lora_scripts.tasks.task import Batch, Indices, Key, Task
-from lora_scripts.training import checkpoint, optim
+from lora_scripts.tasks.task import Key, Task
+from lora_scripts.training import checkpoint, optim, steps
 from lora_scripts.training.averaging import PREFIX, Average
 from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.evaluate import held_out_loss, to_device
 from lora_scripts.training.log import RunLog
+from lora_scripts.training.steps import Step
 
 logger = logging.getLogger(__name__)
 
 TOTAL_SCALE = 2.0**-7  # keeps an fp16 backward of a sum over many items from overflowing
-PREFETCHED_BATCHES = 4
 BLOCK = re.compile(r".*?\.\d+(?=\.)")  # a path up to its first number
 
 
@@ -47,16 +46,6 @@ class Outcome:
     interrupted: bool
     best: Best | None
     exported: Position  # what the adapters on the model are: the last step, or the best
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: its micro-batches and where the run stands after it."""
-
-    key: Key
-    micro_batches: Sequence[Indices]
-    after: Position
-    ends_epoch: bool
 
 
 def train(
@@ -90,7 +79,7 @@ def train(
         position = start[1].position
     best = start[1].best if start else None
     tallies = Counter(start[1].tallies if start else {})
-    total_steps = count_steps(task, config)
+    total_steps = steps.count(task, config)
 
     def save(position: Position, *, passing: bool) -> None:
         log.flush()
@@ -131,8 +120,9 @@ def train(
     with RunLog(folder, position.step, total_steps) as log, stop_signals() as stopped:
         if position.step == 0:
             look(0, sampling=True, measuring=True)
-        todo = iter(()) if exhausted(best, config) else steps(task, config, position, total_steps)
-        for step, batches in prefetched(task, todo):
+        ended = exhausted(best, config)
+        todo = () if ended else steps.remaining(task, config, position, total_steps)
+        for step, batches in steps.prefetched(task, todo):
             # ---------------------------------------------------------------- the training step
             switch(task, training=True)
             optim.set_rates(optimizer, peaks, config, step.after.step - 1, total_steps)
@@ -211,55 +201,6 @@ def exhausted(best: Best | None, config: Config) -> bool:
     """Whether the held-out loss has not fallen for as long as the config waits."""
     patience = config.early_stopping_patience
     return bool(patience and best and best.waited >= patience)
-
-
-def steps_of_epoch(task: Task, config: Config, epoch: int) -> int:
-    """Optimizer steps of an epoch; the last one may hold fewer micro-batches."""
-    plan = task.plan(Key(config.seed, "train", epoch))
-    return math.ceil(len(plan) / config.gradient_accumulation_steps)
-
-
-def count_steps(task: Task, config: Config) -> int:
-    """Optimizer steps of the whole run: the epochs, or the cap `max_train_steps`."""
-    total = sum(steps_of_epoch(task, config, epoch) for epoch in range(config.epochs))
-    return min(total, config.max_train_steps or total)
-
-
-def steps(task: Task, config: Config, start: Position, total_steps: int) -> Iterator[Step]:
-    """The optimizer steps from `start` on: each takes the next micro-batches of the plan."""
-    position = start
-    for epoch in range(start.epochs_done, config.epochs):
-        key = Key(config.seed, "train", epoch)
-        plan = task.plan(key)
-        while position.epochs_done == epoch and position.step < total_steps:
-            first = position.batches_done
-            micro_batches = plan[first : first + config.gradient_accumulation_steps]
-            ends_epoch = first + len(micro_batches) == len(plan)
-            position = Position(
-                step=position.step + 1,
-                epochs_done=epoch + 1 if ends_epoch else epoch,
-                batches_done=0 if ends_epoch else first + len(micro_batches),
-                samples=position.samples + sum(len(indices) for indices in micro_batches),
-            )
-            yield Step(key, micro_batches, position, ends_epoch)
-
-
-def prefetched(task: Task, steps: Iterator[Step]) -> Iterator[tuple[Step, Iterator[Batch]]]:
-    """Each step with its batches, read in a thread a few micro-batches ahead of their use."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
-        for step in steps:
-            futures = [pool.submit(task.load, i, step.key) for i in step.micro_batches]
-            waiting.append((step, futures))
-            while sum(len(futures) for _, futures in waiting) > PREFETCHED_BATCHES:
-                yield _results(waiting.popleft())
-        while waiting:
-            yield _results(waiting.popleft())
-
-
-def _results(entry: tuple[Step, list[Future[Batch]]]) -> tuple[Step, Iterator[Batch]]:
-    step, futures = entry
-    return step, (future.result() for future in futures)
 
 
 def seeded_dropout(

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from lora_scripts.data import images
-from lora_scripts.data.images import Gathered, PictureSet
+from lora_scripts.data.images import Gathered
 from lora_scripts.data.records import read_images
+from lora_scripts.data.views import PictureSet
 from lora_scripts.errors import UserError
 from lora_scripts.schema import ImageConfig
 from tests import toys
@@ -51,7 +52,7 @@ def test_pictures_go_to_the_bucket_of_their_shape(tmp_path: Path) -> None:
     rows = "wide.png,a\ntall.png,b\nsquare.png,c\n"
     (tmp_path / "metadata.csv").write_text(rows, encoding="utf-8")
     data = gathered(train_data_dir=str(tmp_path), resolution=256)
-    shapes = {p.caption: p.bucket for p in data.train}
+    shapes = {p.captions[0]: p.bucket for p in data.train}
     assert shapes == {"a": (320, 192), "b": (192, 320), "c": (256, 256)}
     square = gathered(train_data_dir=str(tmp_path), aspect_ratio_buckets=False)
     assert {p.bucket for p in square.train} == {(128, 128)}

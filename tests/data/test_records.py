@@ -434,3 +434,51 @@ def test_write_csv(folder: Path) -> None:
         write_csv(path, [("img01.jpg", "\ud800")])
     assert path.read_bytes() == before
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+# --- further captions, kohya's folders --------------------------------------------------------
+
+
+def test_captions_of_several_columns(folder: Path) -> None:
+    text = "file_name,text,tags,short\nimg01.jpg,long,a b,\nimg02.png,,,\n"
+    (folder / "metadata.csv").write_text(text, encoding="utf-8")
+    records, problems = read_images(folder, None, ["tags", "short"])
+    assert [record.captions for record in records] == [("a b",), ("",)]
+    assert [problem.severity for problem in problems].count("error") == 0
+    assert any("img02.png" in p.what and "empty" in p.what for p in problems)
+    records, _ = read_images(folder, None, ["text", "tags"])
+    assert records[0].captions == ("long", "a b")
+
+
+def test_a_caption_column_that_is_not_there(folder: Path) -> None:
+    (folder / "metadata.csv").write_text("file_name,text\nimg01.jpg,a\n", encoding="utf-8")
+    records, problems = read_images(folder, None, ["tags"])
+    assert records == []
+    assert 'no column "tags", which caption_keys needs' in str(problems[-1])
+    (folder / "metadata.csv").unlink()
+    row = '{"file_name": "img01.jpg", "text": "a", "tags": "b"}\n'
+    (folder / "metadata.jsonl").write_text(row, encoding="utf-8")
+    assert read_images(folder, None, ["tags"])[0][0].captions == ("b",)
+    assert 'no "short"' in str(read_images(folder, None, ["short"])[1])
+
+
+def test_caption_keys_need_a_file_of_captions(folder: Path) -> None:
+    (folder / "img01.txt").write_text("a", encoding="utf-8")
+    _, problems = read_images(folder, None, ["tags"])
+    assert problems[-1].where == "caption_keys"
+
+
+def test_kohyas_folders(tmp_path: Path) -> None:
+    for name in ("10_a cat", "3_b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            (tmp_path / name / f"{number}.png").touch()
+    (tmp_path / "3_b/1.txt").write_text("own", encoding="utf-8")
+    records, problems = read_images(tmp_path, None)
+    found = [(r.path.parent.name, r.caption, r.repeats) for r in records]
+    assert found == [("10_a cat", "a cat", 10)] * 2 + [("3_b", "b", 3), ("3_b", "own", 3)]
+    assert [problem.severity for problem in problems] == ["warning"]
+    assert '"10_a cat": 10 times, "3_b": 3 times' in problems[0].what
+    (tmp_path / "above.png").touch()  # then they are folders like others
+    records, _ = read_images(tmp_path, None)
+    assert {record.repeats for record in records} == {1}

@@ -136,10 +136,10 @@ def test_values_that_do_not_fit_the_precision_are_refused(tmp_path: Path) -> Non
 
 def test_the_names_of_a_real_sd15_file_are_those_the_webuis_derive() -> None:
     """The real UNet's module tree, on the meta device: attention gives exactly these 128 names."""
-    from lora_scripts.models.sd1_configs import packaged_config
+    from lora_scripts.models.packaged import packaged_config
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(packaged_config("unet"))
+        unet = UNet2DConditionModel.from_config(packaged_config("sd1", "unet"))
     lora.attach(
         unet,
         unet_layers.targets({"unet": unet}, "attention")["unet"],

@@ -11,8 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_scripts import pipeline
+from lora_scripts import convert, pipeline
+from lora_scripts.adapters import Adapter
+from lora_scripts.convert import ConvertRequest
 from lora_scripts.errors import UserError, WorkError
+from lora_scripts.export import gguf_adapter
 from lora_scripts.models import causal_lm
 from tests import runs, text_toys
 
@@ -149,6 +152,48 @@ def test_low_precision_reads_back_exactly(tmp_path: Path, precision: str) -> Non
     assert record["largest_difference_after_reload"] < 1e-3
     dtypes = {t.dtype for t in load_file(output / "adapter_model.safetensors").values()}
     assert dtypes == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"), [("dora", "llama"), ("rslora", "llama"), ("dora", "gpt2")]
+)
+def test_other_kinds_train_read_back_and_are_merged(
+    tmp_path: Path, kind: str, architecture: str
+) -> None:
+    """In bf16 and with fp16 files, magnitudes included; a rank with no whole root."""
+    base = text_toys.save_model(tmp_path / "base", architecture)
+    data = text_toys.write_jsonl(tmp_path / "rows.jsonl")
+    changes = {"lora_type": kind, "lora_rank": 8, "epochs": 4, "mixed_precision": "bf16"}
+    _, output = runs.run_text(base, data, tmp_path, **changes)
+    rows = [row for row in runs.metrics(output) if "loss" in row]
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert record["largest_difference_after_reload"] < 1e-3
+    config = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["use_dora"], config["use_rslora"]) == (kind == "dora", kind == "rslora")
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(output)
+    )
+    merged = convert.run(ConvertRequest("merged", [Adapter(output, 1.0)], None, None, "cpu"))
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(adapted), rtol=0, atol=1e-4)
+
+
+def test_llama_cpp_gets_an_rslora_and_no_dora(tmp_path: Path) -> None:
+    base = text_toys.save_model(tmp_path / "base")
+    data = text_toys.write_jsonl(tmp_path / "rows.jsonl")
+    outputs = {
+        kind: runs.run_text(base, data, tmp_path / kind, lora_type=kind, epochs=1)[1]
+        for kind in ("rslora", "dora")
+    }
+
+    def written(kind: str) -> Path:
+        return convert.run(ConvertRequest("gguf", [Adapter(outputs[kind], 1.0)], None, None, "cpu"))
+
+    assert gguf_adapter.read_back(written("rslora")).alpha == 8 * 4**0.5
+    with pytest.raises(UserError, match="does not know DoRA; use --merge"):
+        written("dora")
 
 
 def test_an_output_folder_with_somebody_elses_adapter_is_refused(tmp_path: Path) -> None:

@@ -1,52 +1,84 @@
-"""A checkpoint in the original layout, written from real classes by the tests' own map."""
+"""Checkpoints in the original layout, written from real classes by the tests' own map."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.models import ldm_facts as facts
-from tests.models.ldm_facts import TOY
+from tests.models.ldm_facts import TOY, Fact, Widths
 
 Modules = dict[str, nn.Module]
-FACTS = {
-    "unet": facts.unet_facts(TOY),
-    "vae": facts.vae_facts(TOY),
-    "text_encoder": facts.text_facts(TOY),
-}
+HEAD = 64  # of text encoders and of UNets with linear projections
 
 
-def toy_modules() -> Modules:
-    """Real classes at the widths of `TOY`, no two tensors alike."""
+def toy_modules(w: Widths = TOY) -> Modules:
+    """Real classes at these widths, no two tensors alike."""
     torch.manual_seed(0)
-    unet_widths = tuple(m * TOY.unet for m in TOY.unet_multipliers)
-    modules: Modules = {
-        "unet": UNet2DConditionModel(
-            block_out_channels=unet_widths, cross_attention_dim=TOY.text, attention_head_dim=8
-        ),
-        "vae": AutoencoderKL(
-            block_out_channels=tuple(m * TOY.vae for m in TOY.vae_multipliers),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=TOY.vae_layers,
-        ),
-        "text_encoder": CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=TOY.vocabulary,
-                hidden_size=TOY.text,
-                intermediate_size=4 * TOY.text,
-                num_hidden_layers=TOY.text_layers,
-                num_attention_heads=1,
-            )
-        ),
-    }
+    modules: Modules = {"unet": _unet(w), "vae": _vae(w)}
+    if w.text:
+        modules["text_encoder"] = CLIPTextModel(_text_config(w, w.text, w.text_layers))
+    if w.told:
+        config = _text_config(w, w.open_clip, w.open_clip_layers, hidden_act="gelu")
+        modules["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    elif w.open_clip:
+        config = _text_config(w, w.open_clip, w.open_clip_layers - 1, hidden_act="gelu")
+        modules["text_encoder"] = CLIPTextModel(config)
     for module in modules.values():
         module.requires_grad_(False).eval()
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return modules
+
+
+def _unet(w: Widths) -> UNet2DConditionModel:
+    widths = tuple(m * w.unet for m in w.unet_multipliers)
+    attends = tuple(bool(depth) for depth in w.unet_depths)
+    extra: dict[str, object] = {}
+    if w.told:
+        extra = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (w.told - w.open_clip) // 6,
+            "projection_class_embeddings_input_dim": w.told,
+            "transformer_layers_per_block": tuple(max(1, depth) for depth in w.unet_depths),
+        }
+    heads = tuple(max(1, width // HEAD) for width in widths)
+    return UNet2DConditionModel(
+        block_out_channels=widths,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
+        cross_attention_dim=w.context,
+        attention_head_dim=heads if w.linear else 8,
+        use_linear_projection=w.linear,
+        **extra,
+    )
+
+
+def _vae(w: Widths) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=tuple(m * w.vae for m in w.vae_multipliers),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=w.vae_layers,
+    )
+
+
+def _text_config(
+    w: Widths, width: int, layers: int, hidden_act: str = "quick_gelu"
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=w.vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // HEAD),
+        hidden_act=hidden_act,
+    )
 
 
 def schedule() -> dict[str, Tensor]:
@@ -55,17 +87,45 @@ def schedule() -> dict[str, Tensor]:
     return {name: known.get(name, torch.zeros(1000)) for name in facts.SCHEDULE}
 
 
+def part_tensors(
+    modules: Modules, w: Widths = TOY, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The weights of all parts under their original names."""
+    tensors = {}
+    for part, facts_of_part in facts.parts(w).items():
+        state = modules[part].state_dict()
+        for fact in facts_of_part:
+            tensors[fact.ldm] = _tensor(fact, state).to(dtype)
+    return tensors
+
+
+def _tensor(fact: Fact, state: Mapping[str, Tensor]) -> Tensor:
+    if not fact.module:
+        return torch.full(fact.shape, 0.5)
+    if "*" in fact.module:
+        return torch.cat([state[fact.module.replace("*", letter)] for letter in "qkv"])
+    if fact.module.startswith("text_projection"):
+        return state[fact.module].T.contiguous()
+    return state[fact.module].reshape(fact.shape)
+
+
 def ldm_tensors(modules: Modules, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The whole v1-5-pruned file: weights, different EMA copies, position ids, schedule."""
-    tensors = {}
-    for part, module in modules.items():
-        state = module.state_dict()
-        assert sorted(state) == sorted(fact.module for fact in FACTS[part])
-        for fact in FACTS[part]:
-            tensors[fact.ldm] = state[fact.module].reshape(fact.shape).to(dtype)
-    for fact in FACTS["unet"]:
+    tensors = part_tensors(modules, TOY, dtype)
+    for fact in facts.unet_facts(TOY):
         tensors[facts.ema_name(fact.ldm)] = tensors[fact.ldm] + 1
     tensors["model_ema.decay"] = torch.tensor(0.9999)
     tensors["model_ema.num_updates"] = torch.tensor(1, dtype=torch.int32)
     tensors[facts.POSITION_IDS] = torch.arange(TOY.positions)[None]
     return tensors | schedule()
+
+
+def sd2_tensors(modules: Modules) -> dict[str, Tensor]:
+    """The whole v2-1_768-ema-pruned file."""
+    return part_tensors(modules, facts.TOY_2) | schedule()
+
+
+def sdxl_tensors(modules: Modules, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The whole sd_xl_base_1.0 file."""
+    positions = torch.arange(facts.TOY_XL.positions)[None]
+    return part_tensors(modules, facts.TOY_XL, dtype) | {facts.POSITION_IDS_XL: positions}

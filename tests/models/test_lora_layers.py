@@ -136,6 +136,25 @@ def test_one_file_may_hold_dora_and_plain_layers() -> None:
     assert found == {"block.conv": False, "block.linear": True}
 
 
+@pytest.mark.parametrize("kinds", [("lora", "dora"), ("dora", "rslora"), ("dora", "dora")])
+def test_kinds_side_by_side_are_merged_as_they_act(kinds: tuple[lora.Kind, lora.Kind]) -> None:
+    module = toy()
+    for seed, kind in enumerate(kinds):
+        lora.put(module, f"{seed}", lora.layers(trained(kind, seed=seed)))
+    lora.set_strengths(module, {"0": 0.7, "1": 0.5})
+    expected = output(module)
+    assert (expected - output(toy())).abs().max() > 0.1
+    lora.merge_into(module)
+    torch.testing.assert_close(output(module), expected, rtol=0, atol=1e-5)
+
+
+def test_at_no_strength_not_even_magnitudes_act() -> None:
+    module = toy()
+    lora.put(module, "a", lora.layers(trained("dora")))
+    lora.set_strengths(module, {"a": 0.0})
+    assert torch.equal(output(module), output(toy()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_removed_and_merged_modules_have_no_trace_of_peft(kind: lora.Kind) -> None:
     fresh = toy()

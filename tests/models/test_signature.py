@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lora_scripts.errors import UserError
-from lora_scripts.models.header import read_header
-from lora_scripts.models.signature import Signature, read_signature
+from lora_scripts.models.header import read_header, read_metadata
+from lora_scripts.models.signature import Marks, Signature, read_signature
 from tests.models import ldm_facts as facts
 from tests.models.ldm_facts import TOY, Shape, write_zeros
 
@@ -35,34 +35,25 @@ def _only(prefix: str, new: str = "") -> dict[str, Shape]:
     return {new + n.removeprefix(prefix): s for n, s in SD1.items() if n.startswith(prefix)}
 
 
-def _sd2() -> dict[str, Shape]:
-    """SD 2.x: projections are linear, the text is OpenCLIP's, 1024 wide."""
-    shapes = {
-        name: shape[:2]
-        if ".1.proj_" in name
-        else (shape[0], 1024)
-        if ".attn2.to_k." in name
-        else shape
-        for name, shape in _without(T).items()
-    }
-    return shapes | {"cond_stage_model.model.ln_final.weight": (1024,)}
+SD2 = facts.weights(replace(facts.TOY_2, open_clip=1024, vocabulary=8))
+SDXL = facts.weights(replace(facts.TOY_XL, text=768, open_clip=1280, vocabulary=8))
 
 
 # A few tensors of each published file are enough to tell it; names and shapes are the real ones.
 FILES: dict[str, tuple[dict[str, Shape], str]] = {
+    "sd2 inpainting": (SD2 | {CONV_IN: (320, 9, 3, 3)}, "inpainting model (a UNet with 9 input"),
+    "sd2 depth": (SD2 | {CONV_IN: (320, 5, 3, 3)}, "depth-to-image model (a UNet with 5 input"),
+    "sd2 unclip": (
+        SD2 | {f"{U}label_emb.0.0.weight": (1280, 2048)},
+        "a Stable Diffusion unCLIP model",
+    ),
+    "x4 upscaler": (SD2 | {CONV_IN: (256, 7, 3, 3)}, "variant (a UNet without 4 input channels)"),
+    "sdxl inpainting": (SDXL | {CONV_IN: (320, 9, 3, 3)}, "inpainting model (a UNet with 9 input"),
+    "playground 2.5": (SDXL | {"edm_mean": (1, 4, 1, 1)}, "EDM's noise schedule (Playground 2.5"),
+    "cosxl": (SDXL | {"edm_vpred.sigma_max": ()}, "EDM's noise schedule (Playground 2.5, CosXL)"),
     "inpainting": (SD1 | {CONV_IN: (320, 9, 3, 3)}, "inpainting model (a UNet with 9 input"),
     "pix2pix": (SD1 | {CONV_IN: (320, 8, 3, 3)}, "instruct-pix2pix model (a UNet with 8 input"),
     "7 channels": (SD1 | {CONV_IN: (256, 7, 3, 3)}, "variant (a UNet without 4 input channels)"),
-    "sd2": (_sd2(), "a Stable Diffusion 2.x model"),
-    "sdxl": (
-        {
-            CONV_IN: (320, 4, 3, 3),
-            f"{U}input_blocks.4{TO_K}": (640, 2048),
-            f"{U}label_emb.0.0.weight": (1280, 2816),
-            "conditioner.embedders.1.model.ln_final.weight": (1280,),
-        },
-        "a Stable Diffusion XL model",
-    ),
     "refiner": (
         {
             CONV_IN: (384, 4, 3, 3),
@@ -92,6 +83,18 @@ FILES: dict[str, tuple[dict[str, Shape], str]] = {
     "no tensors": ({}, "unknown kind (it holds 0 tensors: no tensors at all"),
     "no text encoder": (_without(T), "no text encoder (nothing under cond_stage_model.transfo"),
     "no vae": (_without(V), "no VAE (nothing under first_stage_model.*)"),
+    "sd2, no text encoder": (
+        {n: shape for n, shape in SD2.items() if not n.startswith("cond_")},
+        "this SD 2.x file holds no text encoder (nothing under cond_stage_model.model.*)",
+    ),
+    "sdxl, one text encoder": (
+        {n: shape for n, shape in SDXL.items() if ".embedders.1." not in n},
+        "this SDXL file holds no second text encoder (nothing under conditioner.embedders.1.mo",
+    ),
+    "sdxl, none": (
+        {n: shape for n, shape in SDXL.items() if not n.startswith(("cond", V))},
+        "no VAE (nothing under first_stage_model.*) and no text encoder (nothing under conditio",
+    ),
     "unet of a checkpoint": (_only(U, U), "no text encoder (nothing under cond_stage_model.tr"),
 }
 
@@ -109,12 +112,61 @@ def test_the_real_file_is_recognised(tmp_path: Path) -> None:
     assert read_signature(path) == Signature(path, "sd1", "ldm", 768, ema=688)
 
 
+def test_real_sd2_and_sdxl_files_are_recognised(tmp_path: Path) -> None:
+    second = write_zeros(tmp_path / "v2-1.safetensors", SD2)
+    assert read_signature(second) == Signature(second, "sd2", "ldm", 1024)
+    xl = write_zeros(tmp_path / "xl.safetensors", SDXL)
+    assert read_signature(xl) == Signature(xl, "sdxl", "ldm", 2048)
+
+
+V_PRED, ZTSNR = {"v_pred": (0,)}, {"ztsnr": (0,)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "marks"),
+    [
+        ({}, {}, Marks()),
+        ({}, {"modelspec.architecture": "stable-diffusion-xl-v1-base"}, Marks()),
+        (V_PRED | ZTSNR, {}, Marks("v_prediction", True, "the file's tensor v_pred")),
+        (V_PRED, {}, Marks("v_prediction", None, "the file's tensor v_pred")),
+        (ZTSNR, {}, Marks(None, True, "the file's tensor ztsnr")),
+        (
+            {},
+            {"modelspec.prediction_type": "epsilon"},
+            Marks("epsilon", None, "modelspec.prediction_type in the file's header"),
+        ),
+        (
+            {},
+            {"modelspec.predict_key": "v"},
+            Marks("v_prediction", None, "modelspec.predict_key in the file's header"),
+        ),
+        (
+            {},
+            {"modelspec.architecture": "stable-diffusion-v2-768-v"},
+            Marks("v_prediction", None, "modelspec.architecture in the file's header"),
+        ),
+        (
+            V_PRED,
+            {"modelspec.prediction_type": "epsilon"},
+            Marks("v_prediction", None, "the file's tensor v_pred"),
+        ),
+        ({}, {"modelspec.prediction_type": "sample"}, Marks()),
+    ],
+)
+def test_what_a_file_says_of_its_predictions(
+    tmp_path: Path, tensors: dict[str, Shape], metadata: dict[str, str], marks: Marks
+) -> None:
+    path = write_zeros(tmp_path / "x.safetensors", SDXL | tensors, metadata=metadata)
+    assert read_signature(path).marks == marks
+    assert read_metadata(path) == metadata
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_other_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     shapes, said = FILES[kind]
     what = _refusal(write_zeros(tmp_path / "模型.safetensors", shapes))
     assert said in what
-    takes = "one .safetensors file in the original layout such as v1-5-pruned.safetensors"
+    takes = "This version trains on Stable Diffusion 1.x, 2.x and XL: a diffusers folder"
     assert takes in what or "name the full checkpoint" in what
 
 
@@ -187,19 +239,27 @@ def test_nothing_there(tmp_path: Path) -> None:
 UNET_CONFIG = {"in_channels": 4, "cross_attention_dim": 768}
 
 
+PARTS = ("unet", "vae", "text_encoder")
+XL: dict[str, Any] = {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}
+
+
 def _folder(path: Path, name: str = "StableDiffusionPipeline", **unet: Any) -> Path:
     """A diffusers folder with the real layout and nearly no weights."""
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+    for part in (*PARTS, "tokenizer", "scheduler"):
         (path / part).mkdir(parents=True)
     _weights(path)
+    if name.startswith("StableDiffusionXL"):
+        (path / "text_encoder_2").mkdir()
+        (path / "tokenizer_2").mkdir()
+        _weights(path, parts=("text_encoder_2",))
     _json(path / "model_index.json", {"_class_name": name})
     _json(path / "unet" / "config.json", UNET_CONFIG | unet)
     return path
 
 
 def _weights(path: Path, suffix: str = ".safetensors", parts: tuple[str, ...] = ()) -> None:
-    for part in parts or ("unet", "vae", "text_encoder"):
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    for part in parts or PARTS:
+        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         write_zeros(path / part / f"{stem}{suffix}", {"weight": (1,)})
 
 
@@ -210,6 +270,30 @@ def _json(path: Path, content: object) -> None:
 def test_a_diffusers_folder(tmp_path: Path) -> None:
     path = _folder(tmp_path / "模型")
     assert read_signature(path) == Signature(path, "sd1", "diffusers", 768)
+
+
+def test_sd2_and_sdxl_folders(tmp_path: Path) -> None:
+    second = _folder(tmp_path / "2", cross_attention_dim=1024, use_linear_projection=True)
+    assert read_signature(second) == Signature(second, "sd2", "diffusers", 1024)
+    narrow = _folder(tmp_path / "toy 2", cross_attention_dim=32, use_linear_projection=True)
+    assert read_signature(narrow).family == "sd2"
+    xl = _folder(tmp_path / "xl", "StableDiffusionXLPipeline", **XL)
+    assert read_signature(xl) == Signature(xl, "sdxl", "diffusers", 2048)
+    img2img = _folder(tmp_path / "img2img", "StableDiffusionXLImg2ImgPipeline", **XL)
+    assert read_signature(img2img).family == "sdxl"
+
+
+def test_an_sdxl_folder_needs_both_text_encoders(tmp_path: Path) -> None:
+    xl = _folder(tmp_path / "xl", "StableDiffusionXLPipeline", **XL)
+    (xl / "text_encoder_2" / "model.safetensors").rename(
+        xl / "text_encoder_2" / "other.safetensors"
+    )
+    assert "there is no .safetensors weights" in _refusal(xl)
+    for file in (xl / "text_encoder_2").iterdir():
+        file.unlink()
+    (xl / "text_encoder_2").rmdir()
+    (xl / "tokenizer_2").rmdir()
+    assert "it lacks text_encoder_2, tokenizer_2; fetch it whole" in _refusal(xl)
 
 
 def test_variants_of_weights(tmp_path: Path) -> None:
@@ -242,13 +326,12 @@ def test_a_folder_with_a_download_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "unet", "said"),
     [
-        ("StableDiffusionPipeline", {"cross_attention_dim": 1024}, "a Stable Diffusion 2.x model"),
-        ("StableDiffusionPipeline", {"use_linear_projection": True}, "a Stable Diffusion 2.x mod"),
+        ("StableDiffusionDepth2ImgPipeline", {"in_channels": 5}, "depth-to-image model"),
+        ("StableDiffusionXLInpaintPipeline", {"in_channels": 9}, "inpainting model"),
         ("StableDiffusionPipeline", {"in_channels": 9}, "inpainting model"),
         ("StableDiffusionPipeline", {"in_channels": 8}, "instruct-pix2pix model"),
         ("StableDiffusionInpaintPipeline", {"in_channels": 9}, "inpainting model"),
         ("StableDiffusionInstructPix2PixPipeline", {"in_channels": 8}, "instruct-pix2pix model"),
-        ("StableDiffusionXLPipeline", {"cross_attention_dim": 2048}, "a Stable Diffusion XL model"),
         ("StableDiffusionXLImg2ImgPipeline", {"cross_attention_dim": 1280}, "XL refiner"),
         ("StableDiffusion3Pipeline", {}, "a Stable Diffusion 3 model"),
         ("FluxPipeline", {}, "a FLUX model"),
@@ -259,7 +342,7 @@ def test_other_pipelines_are_refused(
     tmp_path: Path, name: str, unet: dict[str, Any], said: str
 ) -> None:
     what = _refusal(_folder(tmp_path / "model", name, **unet))
-    assert said in what and "This version trains on Stable Diffusion 1.x" in what
+    assert said in what and "This version trains on Stable Diffusion 1.x, 2.x and XL" in what
 
 
 def test_an_incomplete_folder(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lora_scripts import pipeline
 from lora_scripts.errors import UserError, WorkError
 from lora_scripts.tasks.diffusion import DiffusionTask
 from lora_scripts.tasks.task import Batch, Key, Loss
-from lora_scripts.training import loop
+from lora_scripts.training import loop, steps
 from lora_scripts.training.checkpoint import Position
 from tests import runs, toys
 
@@ -144,13 +144,13 @@ def test_steps_end_with_the_epochs_or_the_cap(
     task, config, _ = runs.task(
         sd_folder, pictures, tmp_path, epochs=3, gradient_accumulation_steps=2
     )
-    steps = list(loop.steps(task, config, Position(), loop.count_steps(task, config)))
-    assert [len(step.micro_batches) for step in steps] == [2, 1, 2, 1, 2, 1]
-    assert [step.after.samples for step in steps] == [4, 6, 10, 12, 16, 18]
-    assert [step.ends_epoch for step in steps] == [False, True] * 3
+    planned = list(steps.remaining(task, config, Position(), steps.count(task, config)))
+    assert [len(step.micro_batches) for step in planned] == [2, 1, 2, 1, 2, 1]
+    assert [step.after.samples for step in planned] == [4, 6, 10, 12, 16, 18]
+    assert [step.ends_epoch for step in planned] == [False, True] * 3
     capped = config.model_copy(update={"max_train_steps": 4})
-    assert loop.count_steps(task, capped) == 4
-    assert list(loop.steps(task, capped, steps[2].after, 4)) == [steps[3]]
+    assert steps.count(task, capped) == 4
+    assert list(steps.remaining(task, capped, planned[2].after, 4)) == [planned[3]]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(
@@ -390,5 +390,5 @@ def test_a_checkpoint_of_a_later_format_is_refused(
     path = output / "checkpoints" / "step-000006" / "state.json"
     state = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(state | {"format_version": 9}), encoding="utf-8")
-    with pytest.raises(UserError, match="has format_version 9; this version reads 1 and 2"):
+    with pytest.raises(UserError, match="has format_version 9; this version reads 1 to 3"):
         runs.run(sd_folder, pictures, tmp_path, epochs=3)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lora_scripts.pipeline import EXIT_INTERRUPTED
@@ -73,16 +74,23 @@ def test_prodigy_notes_the_rate_that_it_found(
     _, output = runs.run(sd_folder, pictures, tmp_path, **values("prodigy", epochs=20))
     found = [row["learning_rate_found"] for row in runs.metrics(output) if "loss" in row]
     assert found[-1] > 3 * found[0] > 0
+    board = EventAccumulator(str(output / "tensorboard"))
+    board.Reload()
+    shown = [event.value for event in board.Scalars("train/learning_rate_found")]
+    assert shown == pytest.approx(found)
 
 
 def test_text_encoders_have_a_rate_of_their_own(
-    sd_folder: Path, pictures: Path, tmp_path: Path
+    sd_folder: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, output = runs.run(
-        sd_folder, pictures, tmp_path,
-        train_text_encoder=True, learning_rate=1e-2, text_encoder_learning_rate=1e-3,
-        lr_scheduler="linear", save_dtype="fp32",
-    )  # fmt: skip
+    with caplog.at_level("INFO", logger="lora_scripts"):
+        _, output = runs.run(
+            sd_folder, pictures, tmp_path,
+            train_text_encoder=True, learning_rate=1e-2, text_encoder_learning_rate=1e-3,
+            lr_scheduler="linear", lora_type="rslora", save_dtype="fp32",
+        )  # fmt: skip
+    assert "rsLoRA on unet: " in caplog.text
+    assert "(rank 4, alpha 4, learning rate 0.001)" in caplog.text
     rows = [row for row in runs.metrics(output) if "loss" in row]
     for row in rows:
         assert row["learning_rate/text_encoder"] == pytest.approx(row["learning_rate"] / 10)

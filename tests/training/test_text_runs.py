@@ -175,6 +175,19 @@ def test_a_run_goes_on_from_a_finished_lora(
     assert ends[1][0] < 0.98 * ends[0][0]
 
 
+def test_a_finished_lora_may_move_but_not_change(llama: Path, rows: Path, tmp_path: Path) -> None:
+    _, first = runs.run_text(llama, rows, tmp_path / "first", epochs=1)
+    second = tmp_path / "second"
+    runs.run_text(llama, rows, second, init_lora=str(first), epochs=1)
+    moved = first.rename(tmp_path / "moved")
+    code, _ = runs.run_text(llama, rows, second, init_lora=str(moved), epochs=2)
+    assert code == pipeline.EXIT_DONE
+    _, other = runs.run_text(llama, rows, tmp_path / "other", epochs=2)
+    for path in (other, None):
+        with pytest.raises(UserError, match="init_lora changed since this checkpoint"):
+            runs.run_text(llama, rows, second, init_lora=path and str(path), epochs=3)
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
@@ -195,7 +208,7 @@ def test_a_finished_lora_of_another_shape_is_refused_by_key(
 def test_checkpoints_of_before_the_presets_are_gone_on_from(
     llama: Path, rows: Path, tmp_path: Path
 ) -> None:
-    """They say `target_modules`, and know no lora_type, ema_decay …"""
+    """Those of format 2 say `target_modules`, and know no lora_type, ema_decay …"""
     with runs.terminated(LanguageTask, loss=2):
         _, output = runs.run_text(llama, rows, tmp_path)
     state = next((output / "checkpoints").iterdir()) / "state.json"
@@ -203,6 +216,7 @@ def test_checkpoints_of_before_the_presets_are_gone_on_from(
     for key in ("lora_type", "ema_decay", "init_lora", "lr_num_cycles", "lora_targets"):
         del values["config"][key]
     values["config"]["target_modules"] = None
+    values["format_version"] = 2
     state.write_text(json.dumps(values), encoding="utf-8")
     code, _ = runs.run_text(llama, rows, tmp_path)
     assert code == pipeline.EXIT_DONE

@@ -148,9 +148,13 @@ def put(module: nn.Module, name: str, adapters: Sequence[AdaptedLayer]) -> None:
 
 
 def set_strengths(module: nn.Module, strengths: Mapping[str, float]) -> None:
-    """Let the adapters of these names act together, each at its strength, and no others."""
+    """Let the adapters of these names act together, each at its strength, and no others.
+
+    A strength scales the matrices, as PEFT and diffusers do; DoRA's magnitudes act in full at any
+    strength but 0, which is the module without that adapter.
+    """
     for _, layer in _layers(module, None):
-        names = [name for name in strengths if name in layer.lora_A]
+        names = [name for name, strength in strengths.items() if strength and name in layer.lora_A]
         layer.set_adapter(names, inference_mode=True)
         for name in names:
             layer.set_scale(name, strengths[name])
@@ -162,6 +166,11 @@ def remove(module: nn.Module, name: str) -> None:
         layer.delete_adapter(name)
         if not layer.lora_A:
             module.set_submodule(path, layer.get_base_layer())
+
+
+def names_on(module: nn.Module) -> list[str]:
+    """The adapters that were put on a module, whether they act or not."""
+    return sorted({name for _, layer in _layers(module, None) for name in layer.lora_A})
 
 
 def merge_into(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,6 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
         UserError: if it holds what LoRA, rsLoRA and DoRA cannot express.
     """
     from peft import PeftConfig
-    from peft.utils.other import get_pattern_key
 
     config = PeftConfig.from_pretrained(str(folder))
     special = [name for name in _SPECIAL if getattr(config, name, None)]
@@ -110,8 +109,7 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
     tensors = load_file(folder / "adapter_model.safetensors")
     found = []
     for path in _adapted_paths(tensors):
-        key = get_pattern_key(config.alpha_pattern, path)
-        alpha = float(config.alpha_pattern.get(key, config.lora_alpha))
+        alpha = float(patterned(config.alpha_pattern, path, config.lora_alpha))
         down, up = (tensors[f"{PREFIX}{path}.lora_{side}.weight"].float() for side in "AB")
         if config.use_rslora:
             alpha *= math.sqrt(down.shape[0])
@@ -122,6 +120,14 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
             )
         )
     return found
+
+
+def patterned(patterns: Mapping[str, Any] | None, path: str, usual: Any) -> Any:
+    """What PEFT's rank_pattern or alpha_pattern says of a layer: the first pattern it ends in."""
+    from peft.utils.other import get_pattern_key
+
+    given = patterns or {}
+    return given.get(get_pattern_key(given.keys(), path), usual)
 
 
 def _written_alpha(layer: AdaptedLayer, kind: Kind) -> float:

@@ -1,0 +1,109 @@
+"""What lies in a folder of images: the images themselves, caption files, masks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from lora_scripts.data.folders import link_problem, walk_files
+from lora_scripts.data.reading import count, is_unicode, show
+from lora_scripts.errors import Problem
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first one found beside an image is its caption
+MASK_ENDS = ("-masklabel", "_mask")  # of the name of a mask beside its image
+
+_UNREAD_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".tif", ".tiff")
+_KOHYAS_FOLDER = re.compile(r"(?P<repeats>[1-9]\d{0,2})_.+")
+
+
+@dataclass
+class ImageFolder:
+    """What lies in the folder of images. Names are relative to it, with forward slashes."""
+
+    path: Path
+    images: list[str] = field(default_factory=list)
+    captions: dict[str, str] = field(default_factory=dict)  # with the suffix in lower case -> name
+    refused: dict[str, str] = field(default_factory=dict)  # image -> why it is not used
+    masks: dict[str, str] = field(default_factory=dict)  # image without its suffix -> mask
+    repeats: dict[str, int] = field(default_factory=dict)  # kohya's sub-folders -> their number
+    problems: list[Problem] = field(default_factory=list)
+
+    def mask_of(self, name: str) -> Path | None:
+        """The mask beside an image."""
+        mask = self.masks.get(stem(name))
+        return None if mask is None else self.path / mask
+
+
+def list_folder(folder: Path) -> ImageFolder:
+    """Walk the folder once, in the order of names, links to folders not followed."""
+    listing = ImageFolder(folder)
+    if not folder.is_dir():
+        found = "this is a file" if folder.exists() else "there is no such folder"
+        listing.problems.append(Problem(str(folder), f"{found}; expected the folder of images"))
+        return listing
+    unread: list[str] = []
+    for name in walk_files(folder, "images", listing.problems):
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix in SUFFIXES:
+            _add_image(listing, name)
+        elif suffix in CAPTION_SUFFIXES:
+            listing.captions[stem(name) + suffix] = name
+        elif suffix in _UNREAD_IMAGES:
+            unread.append(name)
+    _set_masks_apart(listing)
+    if unread:
+        what = "of a kind that is not read; save as PNG, JPEG or WebP to use"
+        found = f"{count(unread, 'image')} {what}"
+        listing.problems.append(Problem(str(folder), found, "warning"))
+    return listing
+
+
+def _add_image(listing: ImageFolder, name: str) -> None:
+    path = listing.path / name
+    if not is_unicode(name):
+        listing.refused[name] = (
+            "the file name is not valid UTF-8 (often from a zip made on a Chinese Windows); "
+            "rename the file"
+        )
+    elif path.is_symlink() and (
+        why := link_problem(listing.path, path, thing="image", home="the folder of images")
+    ):
+        listing.refused[name] = why
+    else:
+        listing.images.append(name)
+
+
+def _set_masks_apart(listing: ImageFolder) -> None:
+    """`NAME-masklabel.png` beside an image of that name is its mask, not an image to learn."""
+    stems = {stem(name) for name in listing.images}
+    for name in list(listing.images):
+        for end in MASK_ENDS:
+            of = stem(name).removesuffix(end)
+            if stem(name).endswith(end) and of in stems:
+                listing.images.remove(name)
+                listing.masks[of] = name
+    if listing.masks:
+        what = f"{count(list(listing.masks.values()), 'file')} taken for masks, not for images"
+        listing.problems.append(Problem(str(listing.path), what, "warning"))
+
+
+def find_kohyas_folders(listing: ImageFolder) -> None:
+    """Note the repeats of sub-folders if all images lie in such ones as kohya's scripts want."""
+    found = {}
+    for name in listing.images:
+        match = _KOHYAS_FOLDER.fullmatch(name.split("/")[0]) if name.count("/") == 1 else None
+        if match is None:
+            return
+        found[name.split("/")[0]] = int(match["repeats"])
+    listing.repeats = found
+    said = ", ".join(f"{show(folder)}: {number} times" for folder, number in found.items())
+    if said:
+        what = f"folders named as kohya's scripts want them; each image counts: {said}"
+        listing.problems.append(Problem(str(listing.path), what, "warning"))
+
+
+def stem(name: str) -> str:
+    """A file's name without its suffix, its folders kept."""
+    return name.removesuffix(PurePosixPath(name).suffix)

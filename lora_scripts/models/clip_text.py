@@ -1,0 +1,151 @@
+"""Prompts for CLIP text encoders: token ids in parts, hidden states, batches of unequal length.
+
+A CLIP encoder reads 77 tokens: a start mark, 75 of the prompt, an end mark. Longer prompts are read
+in parts of 75, each with its own marks, and the parts' states are laid end to end, as AUTOMATIC1111
+and ComfyUI do. Tensor suffixes: B batch, P parts, S tokens, D width of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lora_scripts.errors import user_error
+from lora_scripts.models.family import Options
+
+TOKENS_A_PART = 75  # of max_caption_tokens
+LOOK_BACK = 10  # a part ends at the end of a word if there is one among so many of its last tokens
+WORD_END = "</w>"
+MASK = "embedding_mask"  # (B, S): 1 where a state belongs to the prompt, 0 where it fills up
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompt: str, max_tokens: int) -> torch.Tensor:
+    """The prompt's ids, int64 (P, S), each part as the tokenizer itself marks and pads it."""
+    parts, _ = _split(tokenizer, prompt, max_tokens)
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    room = tokenizer.model_max_length
+    rows = [[start, *part, end] for part in parts]
+    return torch.tensor([row + [pad] * (room - len(row)) for row in rows])
+
+
+def lost_tokens(tokenizer: CLIPTokenizer, prompt: str, max_tokens: int) -> int:
+    """How many tokens of the prompt do not fit into `max_tokens` and are cut off."""
+    return _split(tokenizer, prompt, max_tokens)[1]
+
+
+def _split(
+    tokenizer: CLIPTokenizer, prompt: str, max_tokens: int
+) -> tuple[list[Sequence[int]], int]:
+    """The parts' ids without marks, at least one part, and the number of ids that are left over."""
+    left: Sequence[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    room = tokenizer.model_max_length - 2
+    parts = []
+    for number in range(max_tokens // TOKENS_A_PART, 0, -1):
+        length = room if number == 1 else _part_length(tokenizer, left, room)
+        parts.append(left[:length])
+        left = left[length:]
+        if not left:
+            break
+    return parts, len(left)
+
+
+def _part_length(tokenizer: CLIPTokenizer, ids: Sequence[int], room: int) -> int:
+    """How many of the ids make the next part: to the end of a word, rather than through it."""
+    if len(ids) <= room:
+        return len(ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(ids[:room]))
+    for length in range(room, room - LOOK_BACK, -1):
+        if tokens[length - 1].endswith(WORD_END):
+            return length
+    return room
+
+
+def check_skip(encoders: Mapping[str, Any], clip_skip: int | None) -> None:
+    """Refuse a `clip_skip` past the first layer.
+
+    Raises:
+        UserError: naming the number of layers that there are.
+    """
+    depth = min(encoder.config.num_hidden_layers for encoder in encoders.values())
+    if clip_skip is not None and clip_skip > depth:
+        what = f"found {clip_skip}, but this model's text encoder has {depth} layers"
+        raise user_error("clip_skip", f"{what}; write a number from 1 to {depth}, or null")
+
+
+def reading_of(tokenizers: Sequence[CLIPTokenizer], options: Options) -> list[str]:
+    """What prompts' states depend on beside the encoders' weights, as texts to hash.
+
+    What is as in most models is left out, so that their hashes stay what they always were.
+    """
+    vocabulary = [str(sorted(tokenizer.get_vocab().items())) for tokenizer in tokenizers]
+    pads = [t.pad_token_id for t in tokenizers if t.pad_token_id != t.eos_token_id]
+    unusual = {"padding": pads, "clip_skip": options.clip_skip}
+    if options.max_caption_tokens != TOKENS_A_PART:
+        unusual["max_caption_tokens"] = options.max_caption_tokens
+    return vocabulary + [f"{name} {value}" for name, value in unusual.items() if value]
+
+
+def last_states(encoder: CLIPTextModel, ids_PS: torch.Tensor, skip: int) -> torch.Tensor:
+    """States (P, S, D) after the `skip`-th layer from the end and the final norm; 1 is the last."""
+    if skip == 1:
+        last_PSD: torch.Tensor = encoder(ids_PS).last_hidden_state
+        return last_PSD
+    states = encoder(ids_PS, output_hidden_states=True).hidden_states
+    normed_PSD: torch.Tensor = encoder.final_layer_norm(states[-skip])
+    return normed_PSD
+
+
+def raw_states(
+    encoder: CLIPTextModel | CLIPTextModelWithProjection, ids_PS: torch.Tensor, skip: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (P, S, D) after the `skip`-th layer from the end, not normed; and the first output.
+
+    That is the projected state of the end mark (P, D) for an encoder with a projection.
+    """
+    output = encoder(ids_PS, output_hidden_states=True)
+    return output.hidden_states[-skip], output[0]
+
+
+def laid_out(states_PSD: torch.Tensor, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The states of all prompts' parts as one (tokens, D) a prompt. `prompts`: ids (P, S) each."""
+    counts = [len(ids_PS) for ids_PS in prompts]
+    return [parts_PSD.flatten(0, 1) for parts_PSD in torch.split(states_PSD, counts)]
+
+
+def collate(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows with an `embedding` (S, D) each as one batch; the other tensors are stacked.
+
+    Where the lengths differ the short ones are filled up with zeros and a mask tells the denoiser
+    to look past them, so that each prompt acts as it does alone. Without need there is no mask.
+    """
+    batch = {
+        name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "embedding"
+    }
+    embeddings = [row["embedding"] for row in rows]
+    batch["embedding"] = torch.nn.utils.rnn.pad_sequence(embeddings, batch_first=True)
+    lengths = [len(embedding_SD) for embedding_SD in embeddings]
+    if min(lengths) < max(lengths):
+        positions_S = torch.arange(max(lengths))
+        mask_BS = positions_S < torch.tensor(lengths)[:, None]
+        batch[MASK] = mask_BS.to(embeddings[0])
+    return batch
+
+
+def balanced(
+    prompts: Sequence[Mapping[str, torch.Tensor]], empty: Mapping[str, torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """Tokenized prompts with one number of parts: short ones go on with empty parts, as in WebUI.
+
+    Ids by encoder, each (P, S); `empty` is the empty prompt, one part.
+    """
+    length = max(len(ids_PS) for prompt in prompts for ids_PS in prompt.values())
+    return [
+        {
+            name: torch.cat([ids_PS, *[empty[name]] * (length - len(ids_PS))])
+            for name, ids_PS in prompt.items()
+        }
+        for prompt in prompts
+    ]

@@ -1,0 +1,76 @@
+"""Optimizer steps: which micro-batches each takes, how many there are, their batches read ahead."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from lora_scripts.schema import Config
+from lora_scripts.tasks.task import Batch, Indices, Key, Task
+from lora_scripts.training.checkpoint import Position
+
+PREFETCHED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its micro-batches and where the run stands after it."""
+
+    key: Key
+    micro_batches: Sequence[Indices]
+    after: Position
+    ends_epoch: bool
+
+
+def _in_epoch(task: Task, config: Config, epoch: int) -> int:
+    """Optimizer steps of an epoch; the last one may hold fewer micro-batches."""
+    plan = task.plan(Key(config.seed, "train", epoch))
+    return math.ceil(len(plan) / config.gradient_accumulation_steps)
+
+
+def count(task: Task, config: Config) -> int:
+    """Optimizer steps of the whole run: the epochs, or the cap `max_train_steps`."""
+    total = sum(_in_epoch(task, config, epoch) for epoch in range(config.epochs))
+    return min(total, config.max_train_steps or total)
+
+
+def remaining(task: Task, config: Config, start: Position, total_steps: int) -> Iterator[Step]:
+    """The optimizer steps from `start` on: each takes the next micro-batches of the plan."""
+    position = start
+    for epoch in range(start.epochs_done, config.epochs):
+        key = Key(config.seed, "train", epoch)
+        plan = task.plan(key)
+        if not plan and position.epochs_done == epoch:  # weights below 1 may leave an epoch empty
+            position = replace(position, epochs_done=epoch + 1)
+        while position.epochs_done == epoch and position.step < total_steps:
+            first = position.batches_done
+            micro_batches = plan[first : first + config.gradient_accumulation_steps]
+            ends_epoch = first + len(micro_batches) == len(plan)
+            position = Position(
+                step=position.step + 1,
+                epochs_done=epoch + 1 if ends_epoch else epoch,
+                batches_done=0 if ends_epoch else first + len(micro_batches),
+                samples=position.samples + sum(len(indices) for indices in micro_batches),
+            )
+            yield Step(key, micro_batches, position, ends_epoch)
+
+
+def prefetched(task: Task, steps: Iterable[Step]) -> Iterator[tuple[Step, Iterator[Batch]]]:
+    """Each step with its batches, read in a thread a few micro-batches ahead of their use."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
+        for step in steps:
+            futures = [pool.submit(task.load, i, step.key) for i in step.micro_batches]
+            waiting.append((step, futures))
+            while sum(len(futures) for _, futures in waiting) > PREFETCHED_BATCHES:
+                yield _results(waiting.popleft())
+        while waiting:
+            yield _results(waiting.popleft())
+
+
+def _results(entry: tuple[Step, list[Future[Batch]]]) -> tuple[Step, Iterator[Batch]]:
+    step, futures = entry
+    return step, (future.result() for future in futures)

@@ -1,0 +1,85 @@
+"""Every kind of LoRA × layers × family: trained, then read from the run's files by two readers.
+
+diffusers' own pipeline reads the folder; our reader of LoRA files reads the WebUI's file. Both must
+give the trained model, and the LoRA must have changed it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from lora_scripts.device import Compute
+from lora_scripts.models import lora, lora_file
+from lora_scripts.models.family import ImageFamily
+from lora_scripts.tasks import build
+from tests import runs, toys
+
+CPU = Compute(torch.device("cpu"), "no")
+LAYERS: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "all": {"lora_targets": "all"},
+    "text encoders": {"train_text_encoder": True, "lora_targets": "linear"},
+}
+SAVED: Mapping[str, tuple[Callable[[Path], Path], Any]] = {
+    "sd1": (toys.save_stable_diffusion, StableDiffusionPipeline),
+    "sd2": (toys.save_stable_diffusion_2, StableDiffusionPipeline),
+    "sdxl": (toys.save_sdxl, StableDiffusionXLPipeline),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: save(folder / name) for name, (save, _) in SAVED.items()}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("family", SAVED)
+def test_the_files_of_a_run_give_the_trained_model(
+    bases: dict[str, Path], pictures: Path, tmp_path: Path, family: str, kind: str, layers: str
+) -> None:
+    code, output = runs.run(
+        bases[family], pictures, tmp_path,
+        lora_type=kind, lora_alpha=6, max_train_steps=2, save_steps=None, **LAYERS[layers],
+    )  # fmt: skip
+    assert code == 0
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert record["largest_difference_after_reload"] < 1e-4
+    bare = family_of(bases[family]).probe()
+    ours = with_our_reader(bases[family], output / "toy.safetensors").probe()
+    theirs = with_diffusers(bases[family], output, SAVED[family][1])
+    assert (ours - bare).abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def family_of(base: Path) -> ImageFamily:
+    return build.load_family(build.find_base(str(base)), CPU)
+
+
+def with_our_reader(base: Path, file: Path) -> ImageFamily:
+    family = family_of(base)
+    for component, adapters in lora_file.read(file, family).items():
+        lora.put(family.adapted[component], "read", adapters)
+        lora.set_strengths(family.adapted[component], {"read": 1.0})
+    return family
+
+
+def with_diffusers(base: Path, folder: Path, pipeline_class: Any) -> torch.Tensor:
+    """The outputs of a model whose parts come out of a stock pipeline that has read the folder."""
+    pipeline = pipeline_class.from_pretrained(str(base))
+    pipeline.load_lora_weights(str(folder))
+    family: Any = family_of(base)
+    for component in family.adapted:
+        part = getattr(pipeline, component)
+        setattr(family, component, part)
+    family.adapted = {component: getattr(pipeline, component) for component in family.adapted}
+    found: torch.Tensor = family.probe()
+    return found

@@ -1,62 +1,33 @@
 """LoRA files for images, of this and of other programs, read into adapters of a family's layers.
 
-Names are looked up, never taken apart: for each layer of the loaded model all names are listed
-under which the known programs write its adapter (see `names_of`).
+Names are looked up, never taken apart: see `lora_names.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from lora_scripts.errors import user_error
-from lora_scripts.models import lora, lora_layouts, original_names, unet
+from lora_scripts.models import lora, lora_families, lora_layouts
 from lora_scripts.models.family import ImageFamily
 from lora_scripts.models.header import read_header, read_metadata
 from lora_scripts.models.json_file import read_json
 from lora_scripts.models.lora import AdaptedLayer
-from lora_scripts.models.lora_layouts import Module, Sorted
-from lora_scripts.run_files import ADAPTER_NAME, DIFFUSERS_NAME
+from lora_scripts.models.lora_layouts import Module, Sorted, bare, locate
+from lora_scripts.models.lora_names import Named, names_of, shape_of
+from lora_scripts.run_files import ADAPTER_NAME
+
+__all__ = ["ADAPTER_METADATA", "Settings", "locate", "put_on", "read"]
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key for PEFT's settings in a header
-Place = tuple[str, str]  # component, path of a layer
-
-
-class Named(Protocol):
-    """What must be known of a model to read its LoRA files: a loaded family, or a skeleton."""
-
-    @property
-    def adapted(self) -> Mapping[str, nn.Module]:
-        """The modules that a LoRA can sit on, by component."""
-
-    def webui_name(self, component: str, path: str) -> str:
-        """The name under which WebUI and ComfyUI look for the adapter of a layer."""
-
-    def metadata(self) -> dict[str, str]:
-        """The header fields by which programs recognise the family."""
-
-
-def locate(path: Path) -> Path:
-    """The file that is meant: itself, or that of a run's or PEFT's folder.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if not path.is_dir():
-        if path.is_file():
-            return path
-        raise user_error(str(path), "there is no such LoRA file")
-    for name in (DIFFUSERS_NAME, ADAPTER_NAME):
-        if (path / name).is_file():
-            return path / name
-    raise user_error(str(path), f"there is no {DIFFUSERS_NAME} in this folder; name the file")
 
 
 def read(path: Path, family: Named) -> dict[str, list[AdaptedLayer]]:
@@ -66,46 +37,26 @@ def read(path: Path, family: Named) -> dict[str, list[AdaptedLayer]]:
         UserError: if it is no LoRA of two matrices (LoHa, LoKr …), or does not fit the model.
     """
     file = locate(path)
-    found = lora_layouts.sort(read_header(file))
+    header = read_header(file)
+    found = lora_layouts.sort(header)
     refuse_others(file, found)
     places = names_of(family)
-    strangers = [name for name in found.modules if _bare(name) not in places]
+    strangers = [name for name in found.modules if bare(name) not in places]
     if strangers:
-        raise user_error(str(file), _does_not_fit(strangers, len(found.modules), family))
+        raise user_error(str(file), _does_not_fit(strangers, file, family))
+    _refuse_twice(file, [places[bare(name)] for name in found.modules])
     settings = Settings.of(file)
     adapters: dict[str, list[AdaptedLayer]] = {}
     try:
         with safe_open(file, framework="pt") as stored:
             for name, module in found.modules.items():
-                component, layer = places[_bare(name)]
+                component, layer = places[bare(name)]
                 shape = shape_of(family, component, layer)
                 adapter = _adapter(file, stored, module, layer, shape, settings.of_layer(name))
                 adapters.setdefault(component, []).append(adapter)
     except SafetensorError as error:
         raise user_error(str(file), f"cannot be read: {error}") from None
     return adapters
-
-
-def shape_of(family: Named, component: str, path: str) -> tuple[int, ...]:
-    """The shape of a layer's weight, whether it is adapted already or not."""
-    layer: Any = family.adapted[component].get_submodule(path)
-    weight = layer.get_base_layer().weight if hasattr(layer, "get_base_layer") else layer.weight
-    return tuple(weight.shape)
-
-
-def fits(path: Path, family: Named) -> bool:
-    """Whether all layers of a LoRA file are in a model, of these shapes. Reads the header alone."""
-    header = read_header(locate(path))
-    modules = lora_layouts.sort(header).modules
-    places = names_of(family)
-    for name, module in modules.items():
-        if _bare(name) not in places or not {"down", "up"} <= module.tensors.keys():
-            return False
-        shape = shape_of(family, *places[_bare(name)])
-        down, up = (header[module.tensors[part]].shape for part in ("down", "up"))
-        if (up[0], down[1]) != shape[:2] or (len(down) == len(shape) and down[1:] != shape[1:]):
-            return False
-    return bool(modules)
 
 
 def put_on(family: ImageFamily, loras: Sequence[tuple[Path, float]]) -> None:
@@ -141,33 +92,6 @@ def refuse_others(file: Path, found: Sorted) -> None:
         raise user_error(str(file), f"lacks one of the two matrices of {halves[0]}")
 
 
-def names_of(family: Named) -> dict[str, Place]:
-    """Every name under which a program may write the adapter of a layer -> the layer.
-
-    WebUI's names with diffusers' and with the original blocks; paths with and without the
-    component in front; with and without the level `text_model` that transformers once had.
-    """
-    names: dict[str, Place] = {}
-    for component, module in family.adapted.items():
-        for path in unet.adaptable(component, module):
-            place = (component, path)
-            names[family.webui_name(component, path)] = place
-            bare = path.removeprefix("text_model.")
-            for each in {path, bare, f"text_model.{bare}"} if component != "unet" else {path}:
-                names[f"{component}.{each}"] = place
-            if component == "unet":
-                names[path] = place
-                config: Any = module.config
-                original = original_names.unet_path(path, dict(config))
-                names[f"lora_unet_{original.replace('.', '_')}"] = place
-    return names
-
-
-def _bare(name: str) -> str:
-    """Without what PEFT puts in front of every name."""
-    return name.removeprefix("base_model.model.")
-
-
 def _adapter(
     file: Path, stored: Any, module: Module, path: str, shape: tuple[int, ...], alpha: float | None
 ) -> AdaptedLayer:
@@ -177,19 +101,31 @@ def _adapter(
     if (up.shape[0], *down.shape[1:]) != shape or up.shape[1] != down.shape[0]:
         what = (
             f"{module.name} is for a layer of {[parts['up'].shape[0], *parts['down'].shape[1:]]}, "
-            f"this model's is {list(shape)}: it belongs to another model"
+            f"this model's is {list(shape)}{_meant(file)}"
         )
         raise user_error(str(file), what)
     magnitude = parts.get("magnitude")
-    if magnitude is not None and magnitude.numel() != shape[0]:
-        what = f"{module.name} has a magnitude for each input; only those for each output are read"
-        raise user_error(str(file), what)
     rank = down.shape[0]
     own = float(parts["alpha"]) if "alpha" in parts else alpha
     return AdaptedLayer(
         path, down, up, float(rank) if own is None else own,
-        None if magnitude is None else magnitude.flatten(),
+        None if magnitude is None else _by_output(file, module, magnitude, shape[0]),
     )  # fmt: skip
+
+
+def _by_output(file: Path, module: Module, magnitude: torch.Tensor, outputs: int) -> torch.Tensor:
+    """DoRA's magnitudes, one for each output: the method's own way, and PEFT's.
+
+    LyCORIS and OneTrainer write one for each input, (1, in), unless told otherwise.
+    """
+    is_kohya = module.layout == "kohya" and magnitude.ndim > 1
+    if magnitude.numel() != outputs or (is_kohya and magnitude.shape[0] != outputs):
+        what = (
+            f"{module.name} has DoRA magnitudes for each input (shape {list(magnitude.shape)}); "
+            "only those for each output are read"
+        )
+        raise user_error(str(file), what)
+    return magnitude.flatten()
 
 
 def _as_layer(matrix: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -201,12 +137,26 @@ def _as_layer(matrix: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return matrix
 
 
-def _does_not_fit(strangers: list[str], count: int, family: Named) -> str:
+def _does_not_fit(strangers: list[str], file: Path, family: Named) -> str:
+    """Which layers the model lacks, and what the file seems to be for."""
     version = family.metadata().get("ss_base_model_version", "this family")
-    return (
-        f"{len(strangers)} of its {count} layers are not in this model ({version}): "
-        f"{', '.join(strangers[:3])}"
-    )
+    named = ", ".join(strangers[:3])
+    return f"{len(strangers)} layers are not in this model ({version}): {named}{_meant(file)}"
+
+
+def _meant(file: Path) -> str:
+    """What a file that does not fit is for, as the end of a sentence."""
+    meant = lora_families.recognise(read_header(file), read_metadata(file))
+    if meant is None:
+        return "; it is for another model"
+    advice = ", see `lora-scripts chat`" if meant == lora_families.LANGUAGE else ""
+    return f"; it is for {meant}{advice}"
+
+
+def _refuse_twice(file: Path, places: Sequence[tuple[str, str]]) -> None:
+    (component, path), count = Counter(places).most_common(1)[0]
+    if count > 1:
+        raise user_error(str(file), f"holds {component}.{path} twice, under two names")
 
 
 class Settings:
@@ -226,9 +176,9 @@ class Settings:
 
     def of_layer(self, name: str) -> float | None:
         """The alpha with which alpha / rank is the scale; None where nothing is written."""
-        component, _, path = _bare(name).partition(".")
+        component, _, path = bare(name).partition(".")
         prefix = f"{component}." if any(k.startswith(f"{component}.") for k in self.values) else ""
-        path = path if prefix else _bare(name)
+        path = path if prefix else bare(name)
         own = {key.removeprefix(prefix): value for key, value in self.values.items()
                if key.startswith(prefix)}  # fmt: skip
         if "lora_alpha" not in own:

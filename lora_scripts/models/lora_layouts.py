@@ -2,7 +2,8 @@
 
 Layouts that are read, all of them by their names alone:
 
-    kohya      NAME.lora_down.weight, .lora_up.weight, .alpha, .dora_scale   (WebUI, LyCORIS LoCon)
+    kohya      NAME.lora_down.weight, .lora_up.weight, .alpha, .dora_scale   (sd-scripts, LyCORIS
+               LoCon, OneTrainer, ai-toolkit)
     PEFT       PATH.lora_A.weight, .lora_B.weight, .lora_magnitude_vector   (SimpleTuner)
     diffusers  PATH.lora.down.weight, .lora.up.weight; .lora_linear_layer.down.weight, .up.weight
     older      PATH.processor.to_q_lora.down.weight, .up.weight   (diffusers before 0.26)
@@ -13,7 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from lora_scripts.errors import user_error
+from lora_scripts.run_files import ADAPTER_NAME, DIFFUSERS_NAME
 
 Part = Literal["down", "up", "alpha", "magnitude"]
 Layout = Literal["kohya", "peft", "diffusers", "old diffusers"]
@@ -48,6 +53,7 @@ OTHER_KINDS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.diff(?:_b)?$"), "full weights (LyCORIS)"),
     (re.compile(r"\.(?:w_norm|b_norm)$"), "trained norms (LyCORIS)"),
     (re.compile(r"\.lora_[AB]\.bias$"), "LoRA with biases"),
+    (re.compile(r"^bundle_emb\."), "bundled embeddings (textual inversion)"),
 )
 
 
@@ -75,6 +81,27 @@ class Sorted:
     unknown: list[str]
 
 
+def locate(path: Path) -> Path:
+    """The file that is meant: itself, or that of a run's or PEFT's folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not path.is_dir():
+        if path.is_file():
+            return path
+        raise user_error(str(path), "there is no such LoRA file")
+    for name in (DIFFUSERS_NAME, ADAPTER_NAME):
+        if (path / name).is_file():
+            return path / name
+    raise user_error(str(path), f"there is no {DIFFUSERS_NAME} in this folder; name the file")
+
+
+def bare(name: str) -> str:
+    """A module's name without what PEFT puts in front of every name."""
+    return name.removeprefix("base_model.model.")
+
+
 def sort(names: Iterable[str]) -> Sorted:
     """The tensors of a file by module. Pure: looks at names alone."""
     modules: dict[str, Module] = {}
@@ -89,7 +116,10 @@ def sort(names: Iterable[str]) -> Sorted:
             unknown.append(name)
         else:
             path, part, layout = found
-            modules.setdefault(path, Module(path, layout)).tensors[part] = name
+            module = modules.setdefault(path, Module(path, layout))
+            module.tensors[part] = name
+            if part == "down":  # several layouts share the names of the other parts
+                module.layout = layout
     return Sorted(modules, others, unknown)
 
 

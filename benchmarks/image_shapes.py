@@ -1,6 +1,6 @@
-"""SD1.5's real shapes with random weights: seconds a step and peak memory of a whole run.
+"""Real shapes with random weights: seconds a step and peak memory of a whole run.
 
-    python benchmarks/sd15_shapes.py [--steps 3] [--device auto]
+    python benchmarks/image_shapes.py [--families sd1 sd2 sdxl] [--steps 3] [--device auto]
 
 Each row is `train.py` in a process of its own: load, encode, train, export, reload. Batch 1, rank
 16 on attention. Peak memory is the process's largest resident set (Linux, macOS), and on CUDA the
@@ -15,46 +15,87 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_scripts.models.packaged import clip_tokenizer, packaged_config
+from lora_scripts.models.kinds import Family
+from lora_scripts.models.packaged import END, ZERO, clip_tokenizer, packaged_config
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ((512, "auto", False), (512, "auto", True), (768, "auto", True))
+# resolution, precision, gradient checkpointing
+ROWS: dict[Family, tuple[tuple[int, str, bool], ...]] = {
+    "sd1": ((512, "auto", False), (512, "auto", True), (768, "auto", True)),
+    "sd2": ((768, "auto", True),),
+    "sdxl": ((1024, "auto", True),),
+}
+NAMES: dict[Family, str] = {"sd1": "SD1.5", "sd2": "SD2.1", "sdxl": "SDXL"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--families", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    print("| resolution | precision | checkpointing | s/step | peak memory |")
-    print("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_base(folder / "base")
-        for resolution, precision, checkpointing in ROWS:
-            print(row(folder, resolution, precision, checkpointing, arguments), flush=True)
+    print("| model | resolution | precision | checkpointing | s/step | peak memory |")
+    print("|---|---|---|---|---|---|")
+    for family in arguments.families:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save_base(folder / "base", family)
+            for line in ROWS[family]:
+                figures = row(folder, *line, arguments)
+                print(f"| {NAMES[family]} {figures}", flush=True)
 
 
-def save_base(folder: Path) -> None:
-    """A diffusers folder of SD1.5's exact shapes in float16."""
+def save_base(folder: Path, family: Family) -> None:
+    """A diffusers folder of a family's exact shapes in float16, part by part."""
     torch.manual_seed(0)
-    StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(packaged_config("sd1", "unet")).half(),
-        vae=AutoencoderKL.from_config(packaged_config("sd1", "vae")).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**packaged_config("sd1", "text_encoder"))).half(),
-        tokenizer=clip_tokenizer(),
-        scheduler=PNDMScheduler.from_config(packaged_config("sd1", "scheduler")),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(str(folder))
+
+    def half(cls: Any, part: str) -> Any:
+        config = packaged_config(family, part)
+        if part.startswith("text"):
+            return cls(CLIPTextConfig(**config)).half()
+        return cls.from_config(config).half()
+
+    parts: dict[str, Any] = {
+        "unet": half(UNet2DConditionModel, "unet"),
+        "vae": half(AutoencoderKL, "vae"),
+        "text_encoder": half(CLIPTextModel, "text_encoder"),
+        "tokenizer": clip_tokenizer(ZERO if family == "sd2" else END),
+    }
+    schedule = packaged_config(family, "scheduler")
+    if family == "sdxl":
+        pipeline = StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=half(CLIPTextModelWithProjection, "text_encoder_2"),
+            tokenizer_2=clip_tokenizer(ZERO),
+            scheduler=EulerDiscreteScheduler.from_config(schedule),
+            add_watermarker=False,
+        )
+    else:
+        sampler = PNDMScheduler if family == "sd1" else DDIMScheduler
+        pipeline = StableDiffusionPipeline(
+            **parts,
+            scheduler=sampler.from_config(schedule),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(str(folder))
 
 
 def row(
@@ -64,7 +105,7 @@ def row(
     checkpointing: bool,
     arguments: argparse.Namespace,
 ) -> str:
-    """One run, one line of the table."""
+    """One run; its line of the table without the first cell."""
     data = folder / f"pictures-{resolution}"
     data.mkdir(exist_ok=True)
     noise = np.random.default_rng(0).integers(0, 255, (resolution, resolution, 3), np.uint8)

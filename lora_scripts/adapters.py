@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_scripts.errors import Problem, UserError, user_error
+from lora_scripts.models.header import read_header
 from lora_scripts.models.json_file import read_json
 from lora_scripts.run_files import ADAPTER_NAME, CHECKPOINTS, DIFFUSERS_NAME, SYSTEM_PROMPT
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 BASE_KEY = "base_model_name_or_path"  # PEFT's name for it in adapter_config.json
+IMAGE_LAYERS = (".down_blocks.", ".mid_block.", ".up_blocks.", "text_model.encoder.layers.")
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,10 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """What stands above its pictures."""
-        return f"{self.path.stem or self.path.name} : {self.scale:g}"
+        """What stands above its pictures: the run's name, where the file has diffusers' own."""
+        path = self.path.parent if self.path.name in (DIFFUSERS_NAME, ADAPTER_NAME) else self.path
+        name = path.stem if path.suffix.lower() == ".safetensors" else path.resolve().name
+        return f"{name} : {self.scale:g}"
 
 
 def parse(text: str) -> Adapter:
@@ -44,10 +48,17 @@ def parse(text: str) -> Adapter:
 
 
 def is_for_images(path: Path) -> bool:
-    """Whether a path is a LoRA file, or a folder with one, for a model of images."""
-    if path.is_dir():
-        return (path / DIFFUSERS_NAME).is_file()
-    return path.suffix.lower() == ".safetensors" and path.name != ADAPTER_NAME
+    """Whether a path is a LoRA file, or a folder with one, for a model of images.
+
+    Of PEFT's folders, which serve both, the names of the layers tell.
+    """
+    if path.is_dir() and (path / DIFFUSERS_NAME).is_file():
+        return True
+    file = path / ADAPTER_NAME if path.is_dir() else path
+    if file.name != ADAPTER_NAME:
+        return file.suffix.lower() == ".safetensors"
+    names = read_header(file) if file.is_file() else ()
+    return any(mark in name for name in names for mark in IMAGE_LAYERS)
 
 
 def check(adapters: Sequence[Adapter]) -> None:

@@ -57,19 +57,18 @@ def _say_ready(path: Path, found: str) -> None:
 def _show_picture(config: ImageConfig, record: Record, row: int) -> None:
     from PIL import Image
 
-    from lora_scripts.data import captions
+    from lora_scripts.data.images import composed
 
-    caption = captions.compose(
-        record.caption,
-        prefix=config.caption_prefix,
-        suffix=config.caption_suffix,
-        trigger_word=config.trigger_word,
-    )
     with Image.open(record.path) as picture:
         width, height = picture.size
     logger.info("Row %d: %s (%d × %d), captioned as the model will read it:", row, record.path,
                 width, height)  # fmt: skip
-    logger.info("%s", caption or "(an empty caption)")
+    for caption in record.captions:
+        logger.info("%s", composed(caption, config) or "(an empty caption)")
+    if len(record.captions) > 1:
+        logger.info("One of these is drawn each time.")
+    if config.shuffle_tags or config.tag_dropout:
+        logger.info("Its tags are varied each time.")
 
 
 def _format(config: TextConfig) -> tuple[Any, ChatFormat]:

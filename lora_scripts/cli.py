@@ -6,10 +6,11 @@ Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 interrupted and 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -69,13 +70,19 @@ def sample(
     checkpoints: Annotated[
         str | None, typer.Option(help="all, or steps (100,200): a run's checkpoints, side by side.")
     ] = None,
-    scales: Annotated[str, typer.Option(help="Strengths of the checkpoints: 0.5,0.8,1")] = "1",
+    scales: Annotated[
+        str | None, typer.Option(help="Strengths of the checkpoints: 0.5,0.8,1")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Draw as the training with this YAML file does.")
     ] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE than the base's.")] = None,
     clip_skip: Annotated[
         int | None, typer.Option(min=1, max=12, help="Text encoder layer from the end.")
+    ] = None,
+    prediction_type: Annotated[
+        Literal["auto", "epsilon", "v_prediction"] | None,
+        typer.Option(help="What the base predicts; default: the config's, or as the base says."),
     ] = None,
     output: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("sample.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
@@ -100,10 +107,11 @@ def sample(
         loras=[adapters.parse(text) for text in lora or ()],
         compare=compare,
         checkpoints=checkpoints,
-        scales=_scales(scales),
+        scales=None if scales is None else _scales(scales),
         config=config,
         vae=vae,
         clip_skip=clip_skip,
+        prediction_type=prediction_type,
         output=output,
         negative_prompt=negative_prompt,
         seed=seed,
@@ -118,9 +126,12 @@ def sample(
 
 def _scales(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        scales = [float(part) for part in text.split(",")]
     except ValueError:
         raise user_error(f"--scales {text}", "must be numbers: 0.5,0.8,1") from None
+    if not all(map(math.isfinite, scales)):
+        raise user_error(f"--scales {text}", "must be finite numbers")
+    return scales
 
 
 @app.command()
@@ -212,56 +223,61 @@ def export(
     base_model: Annotated[
         str | None, typer.Option(help="The base model; default: what the LoRA names.")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Where to; default: in the LoRA's folder.")
-    ] = None,
+    prediction_type: Annotated[
+        Literal["auto", "epsilon", "v_prediction"],
+        typer.Option(help="Images: what the base predicts; auto: as it says, else tried out."),
+    ] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Where to; default: beside the LoRA.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Write a finished LoRA in another form."""
     from lora_scripts import adapters, convert, convert_image
 
     loras = [adapters.parse(text) for text in lora]
-    wanted = {
-        "merged": merge and not single_file,
-        "single-file": single_file,
-        "base": base,
-        **{name: format == name for name in ("diffusers", "webui", "gguf", "chatglm")},
-    }
-    if format is not None and not wanted.get(format):
-        what = "must be diffusers, webui, gguf or chatglm"
-        raise user_error(f"--format {format}", what)
-    forms = [form for form, is_wanted in wanted.items() if is_wanted]
-    if not forms and rank is not None:
-        forms = ["webui"]
-    if len(forms) != 1:
-        what = "give one of --merge, --single-file, --base, --format NAME, --rank N"
-        raise user_error("export", what)
+    form = _form(format, rank, merge=merge, single_file=single_file, base=base)
+    where = f"--lora {loras[0].path}"
     if adapters.is_for_images(loras[0].path):
-        if forms[0] in ("base", "gguf", "chatglm"):
-            raise user_error(f"--lora {loras[0].path}", f"is for images; {forms[0]} is for texts")
+        of_images = next((each for each in convert_image.FORMS if each == form), None)
+        if of_images is None:
+            raise user_error(where, f"is for images; {form} is a form of LoRAs for texts")
         convert_image.run(
             convert_image.ConvertRequest(
-                form=forms[0],  # type: ignore[arg-type]
+                form=of_images,
                 loras=loras,
                 base=base_model,
                 rank=rank,
                 output=output,
                 device=device,
+                prediction_type=prediction_type,
             )
         )
         return
-    if forms[0] in ("diffusers", "webui", "single-file") or rank is not None:
+    of_texts = next((each for each in convert.FORMS if each == form), None)
+    if of_texts is None or rank is not None:
         what = "is no LoRA for images, which --format diffusers|webui, --rank, --single-file need"
-        raise user_error(f"--lora {loras[0].path}", what)
+        raise user_error(where, what)
     convert.run(
         convert.ConvertRequest(
-            form=forms[0],  # type: ignore[arg-type]
-            loras=loras,
-            base=base_model,
-            output=output,
-            device=device,
+            form=of_texts, loras=loras, base=base_model, output=output, device=device
         )
     )
+
+
+def _form(
+    format: str | None, rank: int | None, *, merge: bool, single_file: bool, base: bool
+) -> str:
+    """What `export` shall write, of all the forms that there are."""
+    names = ("diffusers", "webui", "gguf", "chatglm")
+    if format is not None and format not in names:
+        raise user_error(f"--format {format}", f"must be one of {', '.join(names)}")
+    merged = "single-file" if single_file else "merged" if merge else None
+    wanted = [form for form in (merged, "base" if base else None, format) if form is not None]
+    if not wanted and rank is not None:
+        return "webui"
+    if len(wanted) != 1:
+        what = "give one of --merge, --single-file, --base, --format NAME, --rank N"
+        raise user_error("export", what)
+    return wanted[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lora_scripts import adapters
 from lora_scripts.adapters import Adapter
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Form = Literal["merged", "base", "gguf", "chatglm"]
+FORMS: tuple[Form, ...] = get_args(Form)
 MODELFILE = "Modelfile"
 SAME = 1e-5  # of the largest logit: two readings of the same weights
 ROUNDED = 12  # units of the last place: what rounding merged weights may do to the largest logit

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import WorkError, user_error
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lora_scripts.models.family import ImageFamily
     from lora_scripts.models.lora import AdaptedLayer
-    from lora_scripts.models.lora_file import Named
+    from lora_scripts.models.lora_names import Named
     from lora_scripts.models.signature import Signature
 
     Layers = Mapping[str, Sequence[AdaptedLayer]]
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Form = Literal["diffusers", "webui", "merged", "single-file"]
+FORMS: tuple[Form, ...] = get_args(Form)
 SAME = 1e-4  # of the largest output: one model in float32, its adapters on it or in its weights
 BASE_KEYS = ("lora_scripts.base_model", "ss_sd_model_name")  # where a header names the base
 ROUNDED = 12  # units of the last place: what rounding the weights may do to the largest output
@@ -40,7 +41,10 @@ ROUNDED = 12  # units of the last place: what rounding the weights may do to the
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What to write. `rank`: resize to it; `output`: by default beside the first LoRA."""
+    """What to write. `rank`: resize to it; `output`: by default beside the first LoRA.
+
+    `prediction_type`: of a base whose files do not say it.
+    """
 
     form: Form
     loras: Sequence[Adapter]
@@ -48,6 +52,7 @@ class ConvertRequest:
     rank: int | None
     output: Path | None
     device: str
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
 
 
 def run(request: ConvertRequest) -> Path:
@@ -61,6 +66,11 @@ def run(request: ConvertRequest) -> Path:
     from lora_scripts.models import lora_file
 
     quiet_libraries()
+    is_merge = request.form in ("merged", "single-file")
+    if len(request.loras) > 1 and not is_merge:
+        raise user_error("--lora", "give one; only --merge takes several")
+    if request.rank is not None and is_merge:
+        raise user_error("--rank", "does nothing beside --merge")
     file = lora_file.locate(request.loras[0].path)
     output = request.output or _usual(request, file)
     _check_free(request.form, output)
@@ -102,7 +112,7 @@ def _rewrite(request: ConvertRequest, file: Path, output: Path) -> None:
     from lora_scripts.models.header import read_metadata
 
     known = _layers_for(request, file)
-    adapters: Layers = lora_file.read(file, known)
+    adapters: Layers = _scaled(lora_file.read(file, known), request.loras[0].scale)
     dtype = _dtype_of(file)
     if request.rank is not None:
         adapters, errors = resized(adapters, request.rank)
@@ -117,20 +127,32 @@ def _rewrite(request: ConvertRequest, file: Path, output: Path) -> None:
     for component, layers in adapters.items():
         rounded = [_rounded(layer, dtype) for layer in layers]
         if not lora.same(back[component], rounded):
-            raise WorkError(f"{output}: read back it is not what was written")
+            output.unlink()
+            raise WorkError(f"{output}: read back it is not what was written; it is not kept")
     count = sum(len(layers) for layers in adapters.values())
     logger.info("Written: %s, %d layers in the layout of %s", output, count, request.form)
 
 
 def _layers_for(request: ConvertRequest, file: Path) -> Named:
     """What knows the names of the LoRA's layers: a family that it fits, else its base."""
-    from lora_scripts.models import lora_file, skeleton
+    from lora_scripts.models import lora_names, skeleton
+    from lora_scripts.models.header import read_header
 
-    for name in skeleton.FAMILIES:
-        if request.base is None and lora_file.fits(file, skeleton.of(name)):
-            return skeleton.of(name)
+    if request.base is None:
+        header = read_header(file)
+        for name in skeleton.FAMILIES:
+            if lora_names.fits(header, skeleton.of(name)):
+                return skeleton.of(name)
     family, _ = _load_base(request, file)
     return family
+
+
+def _scaled(adapters: Layers, scale: float) -> Layers:
+    """The same LoRA at a strength: the alphas times it, as PATH:SCALE does elsewhere."""
+    return {
+        component: [dataclasses.replace(layer, alpha=scale * layer.alpha) for layer in layers]
+        for component, layers in adapters.items()
+    }
 
 
 def _carried(metadata: Mapping[str, str], adapters: Layers) -> dict[str, str]:
@@ -210,8 +232,6 @@ def _merge(request: ConvertRequest, file: Path, output: Path) -> None:
     """W + scale · alpha / rank · up @ down in every adapted layer (DoRA: rows rescaled)."""
     from lora_scripts.models import lora, lora_file, original_file
 
-    if request.rank is not None:
-        raise user_error("--rank", "does nothing beside --merge")
     family, found = _load_base(request, file)
     lora_file.put_on(family, [(each.path, each.scale) for each in request.loras])
     expected = _probe(family)
@@ -220,8 +240,8 @@ def _merge(request: ConvertRequest, file: Path, output: Path) -> None:
     _compare(_probe(family), expected, SAME, f"{output}: merged, the model differs")
     rounding = _to_stored_types(family, found)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
-    with _removed_on_failure(temporary):
+    with _workplace(output) as folder:
+        temporary = folder / output.name
         if request.form == "single-file":
             original_file.write_single_file(temporary, family.parts(), like=found)
         else:
@@ -229,7 +249,7 @@ def _merge(request: ConvertRequest, file: Path, output: Path) -> None:
         del family
         gc.collect()
         tolerance = max(SAME, ROUNDED * rounding)
-        written = _probe(_load(str(temporary), request.device))
+        written = _probe(_load(str(temporary), request.device, "auto"))
         difference = _compare(written, expected, tolerance, f"{output}: read back it differs")
         if output.is_dir():
             output.rmdir()  # it is empty
@@ -250,19 +270,17 @@ def _load_base(request: ConvertRequest, file: Path) -> tuple[ImageFamily, Signat
         base = next((metadata[key] for key in BASE_KEYS if metadata.get(key)), None)
     if base is None:
         raise user_error("--base-model", f"{file} does not say which base it is for; name it")
-    return _load(base, request.device), build.find_base(base)
+    return _load(base, request.device, request.prediction_type), build.find_base(base)
 
 
-def _load(base: str, device: str) -> ImageFamily:
-    """A model in float32. What it predicts does not matter here, where it says nothing of it."""
+def _load(base: str, device: str, prediction_type: Any) -> ImageFamily:
+    """A model in float32. What it predicts is written into a merged model's files."""
     from lora_scripts.device import choose
     from lora_scripts.models.family import Options
     from lora_scripts.tasks import build
 
-    found = build.find_base(base)
-    said = found.marks.prediction is not None or found.layout == "diffusers"
-    options = Options() if said else Options(prediction_type="epsilon")
-    return build.load_family(found, choose(device, "no"), options)
+    options = Options(prediction_type=prediction_type)
+    return build.load_family(build.find_base(base), choose(device, "no"), options)
 
 
 def _probe(family: ImageFamily) -> torch.Tensor:
@@ -295,13 +313,12 @@ def _to_stored_types(family: ImageFamily, found: Signature) -> float:
 
 
 @contextmanager
-def _removed_on_failure(path: Path) -> Iterator[None]:
-    """What is written in this context is there whole and proved, or not at all."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True)
+def _workplace(output: Path) -> Iterator[Path]:
+    """A folder beside `output`, gone afterwards: what is moved out of it is whole and proved."""
+    folder = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
-        raise
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_scripts.errors import user_error
+from lora_scripts.export import readers
 from lora_scripts.logs import quiet_libraries
 from lora_scripts.models.header import TensorInfo, read_header, read_metadata
 from lora_scripts.models.json_file import read_json
@@ -24,24 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FAMILY_NAMES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
-OTHER_SIZE = " by its header, but its layers are of another size"
-VERSIONS = {  # ss_base_model_version in the header -> what is shown where the layers do not say
-    "sd_v1": f"Stable Diffusion 1.x{OTHER_SIZE}",
-    "sd_v2": f"Stable Diffusion 2.x{OTHER_SIZE}",
-    "sd_v2_v": f"Stable Diffusion 2.x{OTHER_SIZE}",
-    "sdxl_base_v1-0": f"SDXL{OTHER_SIZE}",
-}
 TAGS_SHOWN, VALUE_SHOWN = 12, 100
-# Families that are told from names and not read here: a mark in a module's name -> the family
-OTHERS = (
-    ("double_blocks", "FLUX"),
-    ("single_transformer_blocks", "FLUX"),
-    ("joint_blocks", "Stable Diffusion 3"),
-    ("lora_te3", "Stable Diffusion 3 or FLUX"),
-    ("transformer.transformer_blocks", "a diffusion transformer (Stable Diffusion 3, FLUX …)"),
-    ("model.layers", "a language model"),
-)
 
 
 @dataclass(frozen=True)
@@ -84,79 +68,34 @@ def inspect(path: Path) -> Report:
     Raises:
         UserError: if there is no such file, it is damaged, or holds no LoRA.
     """
-    from lora_scripts.models import lora_file, lora_layouts
+    from lora_scripts.models import lora_families, lora_layouts
 
-    file = lora_file.locate(path)
+    file = lora_layouts.locate(path)
     header, metadata = read_header(file), read_metadata(file)
     found = lora_layouts.sort(header)
     if not found.modules and not found.others:
         names = ", ".join(list(header)[:3])
         raise user_error(str(file), f"holds no LoRA that is known here, but {names} …")
     modules = found.modules
-    family = _family(file, found)
-    layouts = sorted({module.layout for module in modules.values()})
-    alphas = _alphas(file, modules, header)
+    known = lora_families.family_of(header, metadata)
     return Report(
         path=str(file),
         bytes=file.stat().st_size,
-        family=family,
-        layout=" and ".join(layouts) or "unknown",
+        family=lora_families.recognise(header, metadata),
+        layout=" and ".join(sorted({module.layout for module in modules.values()})) or "unknown",
         kind=_kind(found, file),
         dtypes=dict(Counter(info.dtype for name, info in header.items()
                             if not name.endswith(".alpha"))),
-        layers=dict(sorted(Counter(_component(name) for name in modules).items())),
+        layers=dict(sorted(Counter(map(_component, modules)).items())),
         ranks=_counted(header[m.tensors["down"]].shape[0] for m in modules.values()
                        if "down" in m.tensors),
-        alphas=_counted(alphas),
+        alphas=_counted(_alphas(file, modules, header)),
         not_read=found.others,
         unknown=found.unknown,
-        programs=programs(found, family, metadata),
+        programs={} if known is None
+        else readers.programs(readers.Facts(known, found, header, metadata)),
         metadata=metadata,
     )  # fmt: skip
-
-
-def programs(found: Sorted, family: str | None, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Program -> whether it reads the file, and why not.
-
-    From the key matching of these programs' sources; see docs/decisions.md.
-    """
-    layouts = {module.layout for module in found.modules.values()}
-    is_dora = any("magnitude" in module.tensors for module in found.modules.values())
-    if family is None or not family.startswith(tuple(FAMILY_NAMES.values())):
-        return {}
-    is_kohya = layouts == {"kohya"}
-    no_alpha = is_kohya and any("alpha" not in m.tensors for m in found.modules.values())
-    hidden = family.startswith("SDXL") and not metadata.get("ss_base_model_version", "").startswith(
-        "sdxl"
-    )
-    webui = "yes" if is_kohya else "no: it knows none of these names"
-    comfy = diffusers = "yes"
-    if is_dora and is_kohya:
-        webui = "reads it, but applies DoRA otherwise than it was trained"
-        comfy = "yes; DoRA close to what was trained, not exactly"
-        diffusers = "no: it drops .dora_scale"
-    if not is_kohya:
-        comfy = "no: it knows none of the UNet's names"
-    if is_kohya and hidden and not is_dora:
-        webui = "yes, but hides it from the list for SDXL: ss_base_model_version is missing"
-    if found.others:
-        diffusers = "no: it reads LoRA only"
-    note = "; no .alpha: taken at scale 1" if no_alpha else ""
-    return {
-        "AUTOMATIC1111, Forge": webui + note,
-        "ComfyUI": comfy + note,
-        "diffusers": diffusers + (note if diffusers == "yes" else ""),
-    }
-
-
-def _family(file: Path, found: Sorted) -> str | None:
-    from lora_scripts.models import lora_file, skeleton
-
-    for name in skeleton.FAMILIES:
-        if lora_file.fits(file, skeleton.of(name)):
-            return FAMILY_NAMES[name]
-    other = next((f for mark, f in OTHERS if any(mark in name for name in found.modules)), None)
-    return other or VERSIONS.get(read_metadata(file).get("ss_base_model_version", ""))
 
 
 def _kind(found: Sorted, file: Path) -> str:
@@ -164,12 +103,12 @@ def _kind(found: Sorted, file: Path) -> str:
 
     if any("magnitude" in module.tensors for module in found.modules.values()):
         return "DoRA"
-    settings = lora_file.Settings.of(file).values
-    if any(key.endswith("use_rslora") and value for key, value in settings.items()):
-        return "rsLoRA"
     if found.others:
         return ", ".join(found.others)
-    return "LoRA"
+    settings = lora_file.Settings.of(file).values
+    by_settings = any(key.endswith("use_rslora") and value for key, value in settings.items())
+    by_header = '"rslora"' in read_metadata(file).get("ss_network_args", "")
+    return "rsLoRA" if by_settings or by_header else "LoRA"
 
 
 def _alphas(

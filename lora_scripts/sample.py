@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from PIL import Image
 
@@ -15,7 +14,8 @@ from lora_scripts import config as config_file
 from lora_scripts import grid
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.run_files import CHECKPOINTS, DIFFUSERS_NAME
+from lora_scripts.models import lora_layouts
+from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import ImageConfig, SamplePrompt
 
 if TYPE_CHECKING:
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Column = tuple[Adapter, ...]  # LoRAs that act together; none: the base alone
+Together = tuple[Adapter, ...]  # LoRAs that act together; none: the base alone
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Which LoRAs each picture is drawn with: rows (for every prompt) of columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Together]]]  # a label beside the prompt, or ""
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,9 @@ class SampleRequest:
         prompts: None takes the config's `sample_prompts`, with their own settings.
         loras: They act together; with `compare` each alone; none: the config's run.
         checkpoints: "all", or steps, of the run; None draws what is finished.
-        scales: The strengths at which checkpoints are drawn.
+        scales: The strengths at which checkpoints are drawn; None takes that of the LoRA.
         config: A config to draw as its training did.
+        vae, clip_skip, prediction_type: None takes the config's, or the model's own.
         seed, steps, guidance_scale, negative_prompt: None takes the prompt's own, or the usual.
         width, height: Pixels; None takes the config's resolution, or the model's own size.
     """
@@ -47,10 +56,11 @@ class SampleRequest:
     loras: Sequence[Adapter] = ()
     compare: bool = False
     checkpoints: str | None = None
-    scales: Sequence[float] = (1.0,)
+    scales: Sequence[float] | None = None
     config: Path | None = None
     vae: str | None = None
     clip_skip: int | None = None
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] | None = None
     output: Path = Path("sample.png")
     negative_prompt: str | None = None
     seed: int | None = None
@@ -68,11 +78,10 @@ def run(request: SampleRequest) -> Path:
         UserError: if a file is not there or does not fit the base.
     """
     config = _config_of(request)
-    columns = _columns(request, config)
-    _check(request, config, columns)
+    _check(request, config)
+    sheet = _sheet(request, config)
     from lora_scripts import device
     from lora_scripts.logs import quiet_libraries
-    from lora_scripts.models import lora_file
     from lora_scripts.tasks import build
 
     quiet_libraries()
@@ -80,25 +89,41 @@ def run(request: SampleRequest) -> Path:
     compute = device.choose(request.device, "auto")
     family = build.load_family(build.find_base(base), compute, _options(request, config))
     drawings = _drawings(request, config, family)
-    found: dict[str, list[Image.Image]] = {}
-    for column in columns:
-        lora_file.put_on(family, [(adapter.path, adapter.scale) for adapter in column])
-        label = " + ".join(adapter.label for adapter in column) or "base"
-        found[label] = [family.draw(drawing) for drawing in drawings]
-        logger.info("Drawn: %s", label)
-    picture = compose(found, [drawing.prompt for drawing in drawings])
+    picture = compose(sheet, drawings, _drawn(sheet, drawings, family))
     request.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(request.output)
-    logger.info("Written: %s (%d prompts, %d columns)", request.output, len(drawings), len(columns))
+    logger.info("Written: %s, %d by %d pixels", request.output, picture.width, picture.height)
     return request.output
 
 
-def compose(columns: Mapping[str, list[Image.Image]], prompts: Sequence[str]) -> Image.Image:
-    """A labelled grid: a row a prompt, or a column a prompt where there are more of these."""
-    if len(prompts) > len(columns):
-        return grid.labelled(list(columns.values()), list(prompts), list(columns))
-    rows = [[column[i] for column in columns.values()] for i in range(len(prompts))]
-    return grid.labelled(rows, list(columns), list(prompts))
+def _drawn(
+    sheet: Sheet, drawings: Sequence[DrawRequest], family: ImageFamily
+) -> dict[Together, list[Image.Image]]:
+    """Every prompt with each of the sheet's sets of LoRAs, once."""
+    from lora_scripts.models import lora_file
+
+    found: dict[Together, list[Image.Image]] = {}
+    for together in dict.fromkeys(cell for _, row in sheet.rows for cell in row):
+        lora_file.put_on(family, [(adapter.path, adapter.scale) for adapter in together])
+        found[together] = [family.draw(drawing) for drawing in drawings]
+        logger.info("Drawn: %s", _label(together))
+    return found
+
+
+def compose(
+    sheet: Sheet, drawings: Sequence[DrawRequest], found: Mapping[Together, Sequence[Image.Image]]
+) -> Image.Image:
+    """A labelled grid: a prompt's rows together, or a column a prompt where there are more."""
+    prompts = [drawing.prompt for drawing in drawings]
+    if len(sheet.rows) == 1 and len(prompts) > len(sheet.columns):
+        [(_, row)] = sheet.rows
+        return grid.labelled([found[cell] for cell in row], prompts, sheet.columns)
+    rows, labels = [], []
+    for number, prompt in enumerate(prompts):
+        for label, row in sheet.rows:
+            rows.append([found[cell][number] for cell in row])
+            labels.append(f"{label}: {prompt}" if label else prompt)
+    return grid.labelled(rows, sheet.columns, labels)
 
 
 # --- what is drawn --------------------------------------------------------------------------------
@@ -113,37 +138,52 @@ def _config_of(request: SampleRequest) -> ImageConfig | None:
     return config
 
 
-def _columns(request: SampleRequest, config: ImageConfig | None) -> list[Column]:
+def _sheet(request: SampleRequest, config: ImageConfig | None) -> Sheet:
     """The base first, then the LoRAs together, each alone, or checkpoints × scales."""
-    base: Column = ()
     if request.checkpoints is not None:
-        return [base, *_of_checkpoints(request, config)]
+        return _of_checkpoints(request, config)
     loras = list(request.loras)
     if not loras and config is not None:
+        lora_layouts.locate(config.output_dir)  # the run must be finished
         loras = [Adapter(config.output_dir, 1.0)]
-    if not loras:
-        return [base]
-    return [base, *((lora,) for lora in loras)] if request.compare else [base, tuple(loras)]
+    together: list[Together] = [(lora,) for lora in loras] if request.compare else [tuple(loras)]
+    return _one_row([(), *together] if loras else [()])
 
 
-def _of_checkpoints(request: SampleRequest, config: ImageConfig | None) -> list[Column]:
-    """The ready file of each checkpoint asked for, at each scale."""
+def _one_row(cells: Sequence[Together]) -> Sheet:
+    return Sheet([_label(cell) for cell in cells], [("", cells)])
+
+
+def _label(together: Together) -> str:
+    return " + ".join(adapter.label for adapter in together) or "base"
+
+
+def _of_checkpoints(request: SampleRequest, config: ImageConfig | None) -> Sheet:
+    """The ready file of each checkpoint asked for, at each scale: a row a checkpoint.
+
+    With one scale the checkpoints stand side by side.
+    """
     from lora_scripts.training import checkpoint
 
-    runs = [lora.path for lora in request.loras] or ([config.output_dir] if config else [])
+    runs = list(request.loras) or ([Adapter(config.output_dir, 1.0)] if config else [])
     if len(runs) != 1:
         raise user_error("--checkpoints", "name one run: --config FILE or --lora OUTPUT_DIR")
+    [run] = runs
     there = {int(path.name.removeprefix("step-")): path
-             for path in checkpoint.listed(runs[0] / CHECKPOINTS)}  # fmt: skip
+             for path in checkpoint.listed(run.path / CHECKPOINTS)}  # fmt: skip
     if not there:
-        raise user_error("--checkpoints", f"there are none in {runs[0] / CHECKPOINTS}")
+        raise user_error("--checkpoints", f"there are none in {run.path / CHECKPOINTS}")
     steps = list(there) if request.checkpoints == "all" else _numbers(request.checkpoints or "")
     missing = [step for step in steps if step not in there]
     if missing:
         known = ", ".join(map(str, there))
         raise user_error("--checkpoints", f"found {missing[0]}; there are {known}")
     files = [_ready_file(there[step]) for step in steps]
-    return [(Adapter(file, scale),) for file, scale in itertools.product(files, request.scales)]
+    scales = request.scales or [run.scale]
+    if len(scales) == 1:
+        return _one_row([(), *((Adapter(file, scales[0]),) for file in files)])
+    rows = [(file.stem, [(), *((Adapter(file, scale),) for scale in scales)]) for file in files]
+    return Sheet(["base", *(f"{scale:g}" for scale in scales)], rows)
 
 
 def _numbers(text: str) -> list[int]:
@@ -170,6 +210,8 @@ def _options(request: SampleRequest, config: ImageConfig | None) -> Options:
         options = replace(options, vae=request.vae)
     if request.clip_skip is not None:
         options = replace(options, clip_skip=request.clip_skip)
+    if request.prediction_type is not None:
+        options = replace(options, prediction_type=request.prediction_type)
     return options
 
 
@@ -218,21 +260,34 @@ def _first(*values: T | None) -> T:
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check(request: SampleRequest, config: ImageConfig | None, columns: Sequence[Column]) -> None:
+def _check(request: SampleRequest, config: ImageConfig | None) -> None:
     problems = []
     if request.base is None and config is None:
         problems.append(Problem("--base", "name the base model, or a --config that does"))
     if not _prompts(request, config):
         what = "give one" if config is None else "give one; the config has no sample_prompts"
         problems.append(Problem("--prompt", what))
-    for path in dict.fromkeys(adapter.path for column in columns for adapter in column):
-        file = path / DIFFUSERS_NAME if path.is_dir() else path
-        if file.suffix.lower() != ".safetensors":
+    if request.scales is not None and request.checkpoints is None:
+        what = "is for --checkpoints; of a --lora write PATH:SCALE"
+        problems.append(Problem("--scales", what))
+    if request.compare and request.checkpoints is not None:
+        problems.append(Problem("--compare", "does nothing beside --checkpoints"))
+    for path in dict.fromkeys(lora.path for lora in request.loras):
+        if not path.is_dir() and path.suffix.lower() != ".safetensors":
             what = "must be a .safetensors file or the output folder of a run"
             problems.append(Problem(f"--lora {path}", what))
-        elif not file.is_file():
-            problems.append(Problem(f"--lora {path}", f"there is no file {file}"))
+        elif request.checkpoints is None:
+            problems += _missing(path)
     if request.output.suffix.lower() != ".png":
         problems.append(Problem(f"--output {request.output}", "must end in .png"))
     if problems:
         raise UserError(problems)
+
+
+def _missing(path: Path) -> list[Problem]:
+    """The problem with a LoRA that is not there."""
+    try:
+        lora_layouts.locate(path)
+    except UserError as error:
+        return [Problem(f"--lora {each.where}", each.what) for each in error.problems]
+    return []

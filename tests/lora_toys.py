@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lora_scripts.models import original_names
@@ -83,26 +84,28 @@ def peft(folder: Path, layers: Layers, component: str = "unet") -> Path:
 
 
 def diffusers_mixture(path: Path, layers: Layers) -> Path:
-    """What diffusers' example scripts save: three ways of naming, alpha in the header."""
+    """What diffusers' example scripts save: three ways of naming, PEFT's settings in the header."""
     tensors, settings = {}, {}
     for component, adapters in layers.items():
-        settings |= {
-            f"{component}.r": adapters[0].rank,
-            f"{component}.lora_alpha": adapters[0].alpha,
-        }
+        config = LoraConfig(
+            r=adapters[0].rank,
+            lora_alpha=adapters[0].alpha,
+            target_modules=[layer.path for layer in adapters],
+        ).to_dict()
+        settings |= {f"{component}.{key}": value for key, value in config.items()}
         for layer in adapters:
             name = f"{component}.{layer.path}"
-            if component != "unet":
-                bare = layer.path.removeprefix("text_model.")
-                name = f"{component}.text_model.{bare}"
-                ends = ("lora_linear_layer.down", "lora_linear_layer.up")
-            elif re.search(r"\.to_(q|k|v|out\.0)$", layer.path):
+            if component == "text_encoder":  # as before transformers 5.6
+                name = f"{component}.text_model.{layer.path}"
+            ends = ("lora_A", "lora_B")
+            if re.search(r"\.to_(q|k|v|out\.0)$", layer.path):
                 ends = ("lora.down", "lora.up")
-            else:
-                ends = ("lora_A", "lora_B")
+            elif re.search(r"\.(q|k|v|out)_proj$", layer.path):
+                ends = ("lora_linear_layer.down", "lora_linear_layer.up")
             tensors[f"{name}.{ends[0]}.weight"] = layer.down
             tensors[f"{name}.{ends[1]}.weight"] = layer.up
-    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    text = json.dumps(settings, default=sorted)  # sets
+    save_file(tensors, path, metadata={"lora_adapter_metadata": text})
     return path
 
 

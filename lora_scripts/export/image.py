@@ -1,7 +1,7 @@
 """The files of an image run: the ready file in a checkpoint, the finished pair, and the proof.
 
 The proof is a fresh model, read from the base again, with the file loaded by diffusers' own
-reader: its output must be the trained model's at the file's precision.
+reader: its output must be the trained model's with the adapters as the file has them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError
@@ -43,7 +44,7 @@ base's weights where the method divides by that of the sum |
 
 The same everywhere: `lora-scripts export --lora {folder} --merge --single-file` makes one \
 checkpoint with the LoRA in it."""
-TOLERANCE = 1e-5  # of the output's largest value, both computed in float32 on one device
+TOLERANCE = 1e-5  # of the output's largest value: the same operations on the same values
 
 
 class ImageExport:
@@ -168,12 +169,13 @@ def write_finished(
 
 
 def reference_output(family: ImageFamily, dtype: torch.dtype) -> torch.Tensor:
-    """The denoiser's output on fixed inputs, with the adapters rounded to `dtype`.
+    """The model's outputs on fixed inputs, with the adapters as the file has them.
 
-    Turns the model to float32; nothing must be trained with it afterwards.
+    `dtype`: of the file. Rounds the adapters; nothing must be trained with them afterwards.
     """
     for module in family.adapted.values():
         lora.round_to(module, dtype)
+        lora.scale_as_written(module)
     return output_on_fixed_inputs(family)
 
 
@@ -185,8 +187,6 @@ def check_reload(reference: torch.Tensor, fresh: ImageFamily, path: Path) -> flo
     Raises:
         WorkError: if the file does not give the trained model back.
     """
-    for module in fresh.adapted.values():
-        module.float()
     fresh.load_file(path)
     difference = (output_on_fixed_inputs(fresh) - reference).abs().max().item()
     if not difference <= TOLERANCE * reference.abs().max().item():
@@ -198,8 +198,16 @@ def check_reload(reference: torch.Tensor, fresh: ImageFamily, path: Path) -> flo
 
 
 def output_on_fixed_inputs(family: ImageFamily) -> torch.Tensor:
-    """One forward pass in float32 on a small fixed latent and conditioning."""
+    """One forward pass on small fixed inputs, each module wholly in its base's precision.
+
+    A copy in float32 would not fit beside anything where the model is large.
+    """
     for module in family.adapted.values():
-        module.float().eval()
+        module.to(_base_dtype(module)).eval()
     with torch.no_grad():
         return family.probe().float().cpu()
+
+
+def _base_dtype(module: nn.Module) -> torch.dtype:
+    """The type of a module's own weights."""
+    return next(p.dtype for name, p in module.named_parameters() if ".lora_" not in name)

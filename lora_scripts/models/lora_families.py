@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_scripts.models import lora_names, skeleton
+from lora_scripts.models import lora_layouts, lora_names, skeleton
 from lora_scripts.models.header import TensorInfo
 from lora_scripts.models.kinds import Family
 
@@ -14,14 +14,15 @@ FAMILY_NAMES: Mapping[Family, str] = {
     "sdxl": "SDXL",
 }
 LANGUAGE = "a language model"
-_OTHER_SIZE = " by its header, but its layers are of another size"
+_BY_HEADER = " by its header"
+_OTHER_SIZE = f"{_BY_HEADER}, but its layers are of another size"
 _VERSIONS: Mapping[str, Family] = {  # ss_base_model_version, where the layers do not say
     "sd_v1": "sd1",
     "sd_v2": "sd2",
     "sd_v2_v": "sd2",
     "sdxl_base_v1-0": "sdxl",
 }
-# Families that are not trained here: a mark in a layer's name -> the family
+# A mark in a layer's name -> the family; most of these are not trained here
 _OTHERS = (
     ("double_blocks", "FLUX"),
     ("single_transformer_blocks", "FLUX"),
@@ -33,21 +34,29 @@ _OTHERS = (
     ("model.layers.", LANGUAGE),
     ("transformer.h.", LANGUAGE),
     ("transformer.encoder.layers.", LANGUAGE),
+    ("lora_te2_", FAMILY_NAMES["sdxl"]),
+    ("text_encoder_2.", FAMILY_NAMES["sdxl"]),
 )
 
 
-def family_of(header: Mapping[str, TensorInfo]) -> Family | None:
-    """The family whose layers, at their published sizes, are those of a LoRA file."""
-    return next((name for name in skeleton.FAMILIES
-                 if lora_names.fits(header, skeleton.of(name))), None)  # fmt: skip
+def family_of(header: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Family | None:
+    """The family whose layers, at their published sizes, a LoRA file has; else its header's."""
+    return _by_layers(header) or _VERSIONS.get(metadata.get("ss_base_model_version", ""))
 
 
 def recognise(header: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> str | None:
     """What a LoRA file is for, in words; None if nothing tells."""
-    if (name := family_of(header)) is not None:
+    if (name := _by_layers(header)) is not None:
         return FAMILY_NAMES[name]
     for mark, family in _OTHERS:
         if any(mark in tensor for tensor in header):
             return family
-    version = _VERSIONS.get(metadata.get("ss_base_model_version", ""))
-    return None if version is None else f"{FAMILY_NAMES[version]}{_OTHER_SIZE}"
+    if (name := family_of(header, metadata)) is None:
+        return None
+    ending = _BY_HEADER if lora_layouts.sort(header).others else _OTHER_SIZE
+    return f"{FAMILY_NAMES[name]}{ending}"
+
+
+def _by_layers(header: Mapping[str, TensorInfo]) -> Family | None:
+    return next((name for name in skeleton.FAMILIES
+                 if lora_names.fits(header, skeleton.of(name))), None)  # fmt: skip

@@ -170,7 +170,11 @@ class Settings:
         """What is written of a file; nothing for most."""
         text = read_metadata(file).get(ADAPTER_METADATA)
         if text is not None:
-            return cls(json.loads(text))
+            try:
+                return cls(dict(json.loads(text)))
+            except (ValueError, TypeError):
+                what = f"its header's {ADAPTER_METADATA} is no JSON object: {text[:80]}"
+                raise user_error(str(file), what) from None
         beside = file.parent / "adapter_config.json"
         return cls(read_json(beside) if file.name == ADAPTER_NAME and beside.is_file() else {})
 

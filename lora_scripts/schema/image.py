@@ -100,7 +100,10 @@ class ImageConfig(CommonConfig):
     )
     tag_dropout: float = Field(0.0, ge=0, lt=1, description="Share of the tags left out each time.")
     keep_tokens: int = Field(
-        0, ge=0, le=225, description="So many tags at the beginning stay where they are."
+        0,
+        ge=0,
+        le=225,
+        description="So many tags stay first; a trigger word put in front is one of them.",
     )
 
     # --- the LoRA and the training

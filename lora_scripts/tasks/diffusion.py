@@ -55,16 +55,17 @@ class DiffusionTask:
 
     @property
     def adapted(self) -> Mapping[str, nn.Module]:
-        trained = self.family.adapted if self.config.train_text_encoder else ("unet",)
-        return {name: self.family.adapted[name] for name in trained}
+        adapted = self.family.adapted
+        if self.config.train_text_encoder:
+            return adapted
+        denoiser, *_ = adapted
+        return {denoiser: adapted[denoiser]}
 
     @property
     def learning_rates(self) -> Mapping[str, float]:
-        config = self.config
-        return {
-            name: config.learning_rate if name == "unet" else config.text_encoder_learning_rate
-            for name in self.adapted
-        }
+        denoiser, *others = self.adapted
+        of_others = dict.fromkeys(others, self.config.text_encoder_learning_rate)
+        return {denoiser: self.config.learning_rate, **of_others}
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from safetensors.torch import save_file
 
 from lora_scripts.device import Compute
 from lora_scripts.errors import UserError
@@ -24,6 +25,7 @@ from lora_scripts.models.family import DrawRequest, ImageFamily, Options
 from lora_scripts.models.prediction import Said
 from lora_scripts.tasks import build
 from tests import toys
+from tests.models.ldm_toy import ldm_tensors, toy_modules
 
 CPU = Compute(torch.device("cpu"), "no")
 NOTHING = Said()
@@ -69,7 +71,7 @@ def learn_to_name_the_noise(unet: UNet2DConditionModel, added: Any = None) -> No
     torch.manual_seed(0)
     unet.requires_grad_(True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=5e-3)
-    for _ in range(120):
+    for _ in range(60):
         noise_BCHW = torch.randn(8, 4, 8, 8)
         states_BSD = torch.randn(8, 7, unet.config.cross_attention_dim)
         output_BCHW = unet(noise_BCHW, 999, states_BSD, added_cond_kwargs=added).sample
@@ -175,6 +177,38 @@ def test_noise_prediction_with_zero_terminal_snr_is_refused_by_both_keys(tmp_pat
     base = toys.save_stable_diffusion(tmp_path)
     with pytest.raises(UserError, match="zero_terminal_snr: found true with prediction_type eps"):
         load(base, zero_terminal_snr=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, torch.Tensor]:
+    """The tensors of a toy's single file; they say nothing of what it predicts."""
+    return ldm_tensors(toy_modules())
+
+
+def test_a_single_file_is_believed_by_its_marks(
+    tmp_path: Path, checkpoint: dict[str, torch.Tensor], log: pytest.LogCaptureFixture
+) -> None:
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(checkpoint | marks, tmp_path / "noobai.safetensors")
+    family = load(tmp_path / "noobai.safetensors")
+    assert family.prediction == "v_prediction"
+    assert family.alphas_cumprod_T[-1].item() == 0
+    assert isinstance(family.scheduler, DDIMScheduler)
+    assert "prediction_type: v_prediction, by the file's tensor v_pred" in log.text
+    assert "zero_terminal_snr: true, by the file's tensor ztsnr" in log.text
+
+
+def test_a_single_file_is_believed_by_its_header_and_else_tried(
+    tmp_path: Path, checkpoint: dict[str, torch.Tensor]
+) -> None:
+    told = {"modelspec.prediction_type": "epsilon"}
+    save_file(checkpoint, tmp_path / "told.safetensors", metadata=told)
+    family = load(tmp_path / "told.safetensors")
+    assert family.prediction == "epsilon"
+    assert family.alphas_cumprod_T[-1].item() > 0
+    save_file(checkpoint, tmp_path / "silent.safetensors")
+    with pytest.raises(UserError, match="prediction_type: found auto, but neither"):
+        load(tmp_path / "silent.safetensors")
 
 
 def load(base: Path, **options: Any) -> Any:

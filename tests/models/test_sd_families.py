@@ -16,7 +16,7 @@ from lora_scripts.errors import UserError
 from lora_scripts.models import clip_text, latents, lora
 from lora_scripts.models.family import DrawRequest, Framing, ImageFamily, Options
 from lora_scripts.tasks import build
-from tests import toys
+from tests import runs, toys
 
 CPU = Compute(torch.device("cpu"), "no")
 SAVED: Mapping[str, tuple[Callable[[Path], Path], Any]] = {
@@ -303,6 +303,63 @@ def test_hashes_depend_on_how_prompts_are_read(bases: dict[str, Path], name: str
     ]
     assert len({plain.text_encoder_id, *ids}) == 4
     assert load(bases[name]).text_encoder_id == plain.text_encoder_id
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_another_vae_encodes_and_draws(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    torch.manual_seed(9)
+    other: Any = SAVED[name][1].from_pretrained(str(bases[name])).vae
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    other.save_pretrained(str(tmp_path / "vae"))
+    own, family = load(bases[name]), load(bases[name], vae=str(tmp_path / "vae"))
+    pixels_CHW = torch.rand(3, 64, 64) * 2 - 1
+    mean_CHW, std_CHW = family.encode_image(pixels_CHW)
+    with torch.no_grad():
+        expected = other.encode(pixels_CHW[None]).latent_dist
+    scale = own.vae.config.scaling_factor
+    torch.testing.assert_close(mean_CHW, expected.mean[0] * scale)
+    torch.testing.assert_close(std_CHW, expected.std[0] * scale)
+    assert family.image_encoder_id != own.image_encoder_id
+    assert (family.denoiser_id, family.text_encoder_id) == (own.denoiser_id, own.text_encoder_id)
+    request = DrawRequest("a cat", "", 4.0, 2, 64, 64, 1)
+    assert family.draw(request).tobytes() != own.draw(request).tobytes()
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_in_bf16_the_encoders_stay_float32_and_all_is_computed(
+    bases: dict[str, Path], name: str
+) -> None:
+    """Also a step that trains the text encoders, under autocast and with checkpointing."""
+    compute = Compute(torch.device("cpu"), "bf16")
+    family: Any = build.load_family(build.find_base(str(bases[name])), compute)
+    assert family.unet.dtype == torch.bfloat16
+    assert family.vae.dtype == family.text_encoder.dtype == torch.float32
+    request = DrawRequest("a cat", "blurry", 4.0, 2, 64, 64, 1)
+    exact = drawn(load(bases[name]), request)
+    assert (drawn(family, request).float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+    family.checkpoint_gradients()
+    with compute.autocast():
+        found = gradients(family)
+    assert {key.split(".")[0] for key in found} == set(family.adapted)
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+
+
+def test_the_keys_of_a_config_reach_the_model(
+    bases: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    task, _, _ = runs.task(
+        bases["sd2"], pictures, tmp_path, clip_skip=2, max_caption_tokens=225,
+        prediction_type="v_prediction", zero_terminal_snr=True, vae=str(bases["sd1"] / "vae"),
+    )  # fmt: skip
+    family: Any = task.family
+    assert family.prediction == "v_prediction"
+    assert family.alphas_cumprod_T[-1].item() == 0
+    assert len(family.tokenize(LONG)["text_encoder"]) == 2
+    plain = load(bases["sd2"])
+    assert family.text_encoder_id != plain.text_encoder_id
+    assert family.image_encoder_id != plain.image_encoder_id
 
 
 def test_an_encoder_that_is_kept_on_the_device_stays_there(bases: dict[str, Path]) -> None:

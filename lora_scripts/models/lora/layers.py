@@ -222,6 +222,13 @@ def round_to(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype).float()
 
 
+def scale_as_written(module: nn.Module) -> None:
+    """Scale the attached LoRA as a reader of its file does: by alpha in float32 / rank."""
+    for _, layer in _layers(module, ADAPTER):
+        alpha = torch.tensor(_alpha(layer, ADAPTER), dtype=torch.float32)
+        layer.scaling[ADAPTER] = float(alpha) / layer.r[ADAPTER]
+
+
 def describe(module: nn.Module) -> str:
     """What is adapted, in words: `128 layers (32 each of to_k, to_out.0, to_q, to_v)`."""
     kinds = Counter(_kind_of(layer.path) for layer in layers(module))

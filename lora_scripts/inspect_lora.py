@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_scripts.errors import user_error
 from lora_scripts.export import readers
 from lora_scripts.logs import quiet_libraries
+from lora_scripts.models import lora_layouts
 from lora_scripts.models.header import TensorInfo, read_header, read_metadata
 from lora_scripts.models.json_file import read_json
 from lora_scripts.run_files import ADAPTER_NAME
@@ -68,7 +69,7 @@ def inspect(path: Path) -> Report:
     Raises:
         UserError: if there is no such file, it is damaged, or holds no LoRA.
     """
-    from lora_scripts.models import lora_families, lora_layouts
+    from lora_scripts.models import lora_families
 
     file = lora_layouts.locate(path)
     header, metadata = read_header(file), read_metadata(file)
@@ -138,15 +139,19 @@ def _counted(values: Any) -> dict[str, int]:
 
 def _component(name: str) -> str:
     """The part of the model that a module's name says."""
-    bare = name.removeprefix("base_model.model.")
+    bare = lora_layouts.bare(name)
     for start, component in (
         ("lora_te2_", "second text encoder"), ("text_encoder_2.", "second text encoder"),
         ("lora_te1_", "text encoder"), ("lora_te_", "text encoder"),
-        ("text_encoder.", "text encoder"),
+        ("text_encoder.", "text encoder"), ("lora_transformer_", "transformer"),
+        ("transformer.transformer_blocks", "transformer"),
+        ("transformer.single_transformer_blocks", "transformer"),
+        ("lora_", "UNet"), ("lycoris_", "UNet"), ("unet.", "UNet"), ("diffusion_model.", "UNet"),
+        ("down_blocks.", "UNet"), ("mid_block.", "UNet"), ("up_blocks.", "UNet"),
     ):  # fmt: skip
         if bare.startswith(start):
             return component
-    return "language model" if ".layers." in bare else "UNet or transformer"
+    return "language model"
 
 
 def _lines(report: Report) -> list[str]:

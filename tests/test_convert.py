@@ -398,7 +398,7 @@ def test_what_is_typed_wrong(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "pytorch_lora_weights.safetensors").touch()
     pictures = str(tmp_path / "pictures")
     for arguments, said in [
-        (["--lora", pictures], "give one of --merge, --base, --format gguf, --format chatglm"),
+        (["--lora", pictures], "give one of --merge, --single-file, --base, --format NAME, --rank N"),
         (["--lora", pictures, "--merge", "--base"], "give one of"),
         (["--lora", pictures, "--format", "onnx"], "--format onnx: must be gguf or chatglm"),
         (["--lora", pictures, "--merge"], "this is a LoRA for pictures"),

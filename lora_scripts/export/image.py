@@ -38,9 +38,9 @@ DORA_USAGE = """\
 | program | how |
 |---|---|
 | diffusers | `pipeline.load_lora_weights("{folder}")`: exactly as trained |
-| ComfyUI, Forge | `{name}.safetensors`: close to what was trained; they divide by the norm of the \
-base's weights where the method divides by that of the sum |
-| AUTOMATIC1111 | not as trained: it takes the norms the other way round |
+| ComfyUI, Forge (since mid-2025) | `{name}.safetensors`: close to what was trained; they divide \
+by the norm of the base's weights where the method divides by that of the sum |
+| AUTOMATIC1111, older versions | not as trained: they take the norms the other way round |
 
 The same everywhere: `lora-scripts export --lora {folder} --merge --single-file` makes one \
 checkpoint with the LoRA in it."""

@@ -323,5 +323,5 @@ def _set(part: Any, values: torch.Tensor) -> None:
 
 def _kind_of(path: str) -> str:
     """The part of a path that says what a layer does: `to_q`, or `to_out.0`."""
-    *_, before, last = path.split(".")
-    return f"{before}.{last}" if last.isdigit() else last
+    before, _, last = path.rpartition(".")
+    return f"{before.rpartition('.')[2]}.{last}" if last.isdigit() else last

@@ -398,10 +398,11 @@ def test_what_is_typed_wrong(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "pytorch_lora_weights.safetensors").touch()
     pictures = str(tmp_path / "pictures")
     for arguments, said in [
-        (["--lora", pictures], "give one of --merge, --single-file, --base, --format NAME, --rank N"),
+        (["--lora", pictures], "give one of --merge, --single-file"),
         (["--lora", pictures, "--merge", "--base"], "give one of"),
-        (["--lora", pictures, "--format", "onnx"], "--format onnx: must be gguf or chatglm"),
-        (["--lora", pictures, "--merge"], "this is a LoRA for pictures"),
+        (["--lora", pictures, "--format", "onnx"], "--format onnx: must be"),
+        (["--lora", pictures, "--merge"], "the file is empty"),
+        (["--lora", pictures, "--base"], "is for images"),
     ]:
         result = CliRunner().invoke(app, ["export", *arguments])
         assert isinstance(result.exception, UserError)

@@ -9,6 +9,7 @@ rows, if its first size is that of W; AUTOMATIC1111 1.10 (`extensions-builtin/Lo
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from lora_scripts.export import keys
 from lora_scripts.models import lora
 from lora_scripts.models.lora import AdaptedLayer
 
-LAYERS: dict[str, nn.Linear | nn.Conv2d] = {
-    "linear": nn.Linear(24, 24),
-    "convolution": nn.Conv2d(24, 16, 3),
+LAYERS: dict[str, Callable[[], nn.Linear | nn.Conv2d]] = {
+    "linear": lambda: nn.Linear(24, 24),
+    "convolution": lambda: nn.Conv2d(24, 16, 3),
 }
 
 
@@ -49,7 +50,7 @@ def merged(layer: nn.Linear | nn.Conv2d, adapter: AdaptedLayer) -> torch.Tensor:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_comfyui_comes_close_and_a1111_does_not(kind: str) -> None:
     torch.manual_seed(0)
-    layer = LAYERS[kind]
+    layer = LAYERS[kind]()
     adapter = trained(layer)
     tensors = keys.webui({"unet": [adapter]}, lambda component, path: path, torch.float32)
     scale = tensors["0.dora_scale"]
@@ -64,5 +65,5 @@ def test_comfyui_comes_close_and_a1111_does_not(kind: str) -> None:
     columns = together.transpose(0, 1).flatten(1).norm(dim=1)
     a1111 = together * scale / columns.reshape(1, -1, *(1 for _ in weight.shape[2:]))
     size = exact.norm()
-    assert 0.001 < (comfy - exact).norm() / size < 0.05
-    assert (a1111 - exact).norm() / size > 0.1
+    assert (comfy - exact).norm() / size > 0.001
+    assert (a1111 - exact).norm() / size > 0.05 > (comfy - exact).norm() / size

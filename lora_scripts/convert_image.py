@@ -197,9 +197,15 @@ def resized(adapters: Layers, rank: int) -> tuple[dict[str, list[AdaptedLayer]],
     Returns:
         The adapters; and the relative error (Frobenius norm) of each layer's update, and of all
         together under "" .
+
+    Raises:
+        UserError: if no layer has a higher rank.
     """
     from lora_scripts.export import resize
 
+    largest = max(layer.rank for layers in adapters.values() for layer in layers)
+    if rank >= largest:
+        raise user_error(f"--rank {rank}", f"must be lower than that of the file, {largest}")
     kept: dict[str, list[AdaptedLayer]] = {}
     errors: dict[str, float] = {}
     lost, whole = 0.0, 0.0

@@ -363,3 +363,9 @@ def test_a_peft_folder_of_a_unet_is_one_for_images(
         probe(bases["sd1"], Adapter(output, 1.0)), probe(bases["sd1"], Adapter(folder, 1.0))
     )
     assert json.loads(read_metadata(output)["ss_v2"].lower()) is False
+
+
+def test_a_rank_that_is_not_lower_is_refused(bases: dict[Family, Path], tmp_path: Path) -> None:
+    file = lora(tmp_path / "a.safetensors", bases["sd1"], rank=4)
+    with pytest.raises(UserError, match="--rank 4: must be lower than that of the file, 4"):
+        write("webui", file, rank=4)

@@ -78,7 +78,7 @@ def sample(
     ] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE than the base's.")] = None,
     clip_skip: Annotated[
-        int | None, typer.Option(min=1, max=12, help="Text encoder layer from the end.")
+        int | None, typer.Option(min=1, max=24, help="Text encoder layer from the end.")
     ] = None,
     prediction_type: Annotated[
         Literal["auto", "epsilon", "v_prediction"] | None,

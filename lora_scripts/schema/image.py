@@ -55,7 +55,7 @@ class ImageConfig(CommonConfig):
     clip_skip: int | None = Field(
         None,
         ge=1,
-        le=12,
+        le=24,
         description="Text encoder layer from the end, as in WebUI; null: the model's own.",
     )
     max_caption_tokens: Literal[75, 150, 225] = Field(

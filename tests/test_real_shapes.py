@@ -25,7 +25,7 @@ def test_a_run_at_real_size(
     resolution: int,
     checkpointing: bool,
 ) -> None:
-    """SDXL takes about ten minutes on two cores, and 15 GB of memory."""
+    """SDXL takes minutes on two cores, and 16 GB of memory (docs/benchmarks.md)."""
     image_shapes.save_base(tmp_path / "base", family)
     monkeypatch.setattr(diffusion, "MEASURED_VIEWS", 1)
     data = toys.save_pictures(tmp_path / "data", count=1, side=resolution)

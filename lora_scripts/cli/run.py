@@ -1,0 +1,41 @@
+"""Commands that look at a config and train it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="The YAML file that describes the LoRA.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, e.g. lora_rank=32."),
+    ] = None,
+) -> None:
+    """Train a LoRA."""
+    from lora_scripts import pipeline
+
+    try:
+        code = pipeline.run(config, overrides or ())
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)  # noqa: T201
+        code = pipeline.EXIT_INTERRUPTED
+    raise typer.Exit(code)
+
+
+def check(
+    config: Annotated[Path, typer.Option(help="The YAML file to look at.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, e.g. max_seq_length=512."),
+    ] = None,
+    row: Annotated[int, typer.Option(min=1, help="Which row of the data to show.")] = 1,
+) -> None:
+    """Check a config and its data without training; show one example as the model will see it."""
+    from lora_scripts import check as checking
+
+    checking.run(config, overrides or (), row)

@@ -1,0 +1,1 @@
+"""Captions made by a machine: what to label, who labels, what is kept."""

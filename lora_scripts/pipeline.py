@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_scripts import __version__, preflight
 from lora_scripts import config as config_file
-from lora_scripts.errors import Problem, UserError
+from lora_scripts.errors import Problem, UserError, WorkError
 from lora_scripts.logs import file_log, quiet_libraries
 from lora_scripts.schema import Config, ImageConfig, TextConfig
 
@@ -43,14 +44,27 @@ def run(config_path: Path, overrides: Sequence[str] = ()) -> int:
     """
     draft = config_file.read(config_path, overrides)
     rows, problems = preflight.inputs(draft)
-    errors = [problem for problem in problems if problem.severity == "error"]
-    if errors:
-        raise UserError(errors)
+    preflight.refuse(problems, draft)
     config = draft.checked()
     try:
         return _run(config, draft.source.name, rows, problems)
     except UserError as error:
         raise UserError([draft.source.locate(problem) for problem in error.problems]) from None
+    except OSError as error:
+        if error.errno is None:  # a library's word for something else
+            raise
+        raise WorkError(_said_of_files(error)) from error
+
+
+def _said_of_files(error: OSError) -> str:
+    """A file that could not be written or read: what happened, and what to do."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    mend = "make room on that disk" if full else "mend that"
+    return (
+        f"{what}. What was saved before is untouched: {mend}, then the same command goes on from "
+        "the last checkpoint"
+    )
 
 
 def _run(
@@ -63,8 +77,7 @@ def _run(
     with run_folder.in_use(config.output_dir):
         start = run_folder.decide(config)
         with file_log(config.output_dir / "run.log"):
-            for warning in warnings:
-                logger.warning("%s", warning)
+            preflight.say(warnings)
             if start.finished:
                 _say_finished(config)
                 return EXIT_DONE

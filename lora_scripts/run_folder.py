@@ -31,7 +31,8 @@ FREE_KEYS = frozenset(
         "mixed_precision", "gradient_checkpointing",
         "eval_steps", "histogram_steps", "sample_steps", "sample_prompts",
         "output_dir", "output_name", "save_steps", "save_every_epochs", "save_total_limit",
-        "save_dtype", "resume", "trust_remote_code", "vae", "cache_latents", "init_lora",
+        "save_dtype", "resume", "strict_data", "trust_remote_code", "vae", "cache_latents",
+        "init_lora",
     }
 )  # fmt: skip
 
@@ -70,6 +71,7 @@ def decide(config: Config) -> Start:
         UserError: if a checkpoint does not fit the config, with the differences and the ways on.
     """
     folder = config.output_dir
+    checkpoint.tidy(folder / run_files.CHECKPOINTS)
     match config.resume:
         case "never":
             _move_aside(folder, config.output_name)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from lora_scripts import tensor_files
 from lora_scripts.errors import user_error
 from lora_scripts.files import replace
 
@@ -42,7 +42,9 @@ class Cache:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        tensor_files.save(
+            temporary, {name: tensor.contiguous() for name, tensor in tensors.items()}
+        )
         replace(temporary, path)
 
     def read(self, key: str, leaving: Collection[str] = ()) -> dict[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from lora_scripts import tensor_files
 from lora_scripts.errors import WorkError
 from lora_scripts.export import keys
 from lora_scripts.files import replace, sync
@@ -48,7 +48,7 @@ def write_tensors(
         if not torch.isfinite(tensor).all():
             raise WorkError(f"{path}: {key} holds values that are not finite in {tensor.dtype}")
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(dict(tensors), temporary, metadata={**metadata, "format": "pt"})
+    tensor_files.save(temporary, tensors, {**metadata, "format": "pt"})
     sync(temporary)
     replace(temporary, path)
     verify(path, tensors)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_scripts import files
+from lora_scripts import files, tensor_files
 from lora_scripts.errors import user_error
 from lora_scripts.models.header import read_header
 from lora_scripts.models.kinds import UNET, Family
@@ -66,7 +65,7 @@ def write_single_file(
         if zero_snr:
             tensors["ztsnr"] = torch.zeros(0)
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, temporary, metadata=_metadata(path, like.family, is_v=is_v))
+    tensor_files.save(temporary, tensors, _metadata(path, like.family, is_v=is_v))
     files.replace(temporary, path)
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from lora_scripts import tensor_files
 from lora_scripts.errors import UserError, user_error
 from lora_scripts.files import file_hash, replace, sync, write_text
 
@@ -29,6 +30,7 @@ FORMAT_VERSION = 3  # 3: may hold a moving average, and optimizer states that ar
 ADAPTER = "adapter."  # before the names of the adapters as they are trained
 ADDED_IN_2: dict[str, Any] = {"best": None, "tallies": {}, "passing": False}
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
+HALF = re.compile(r"\.step-\d{6,}\.(tmp|removed-\d+)")  # left by a stop while writing or removing
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def write(
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    save_file(dict(tensors), temporary / "training.safetensors")
+    tensor_files.save(temporary / "training.safetensors", tensors)
     write_adapter(temporary)
     files = sorted(path for path in temporary.iterdir())
     for path in files:
@@ -114,6 +116,14 @@ def write(
     for old in superseded(folder, target, state.best, limit):
         _remove(old)
     return target
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a stop in the middle of writing or removing a checkpoint has left."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if HALF.fullmatch(path.name):
+                shutil.rmtree(path)
 
 
 def name_of(step: int) -> str:

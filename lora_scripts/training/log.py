@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,9 +43,11 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
         self.folder = folder
         self.metrics_path = folder / METRICS
-        cut_back(self.metrics_path, first_step)
+        # a run that begins anew writes step 0, too, which one that goes on has behind it
+        first_kept = first_step + 1 if first_step else 0
+        cut_back(self.metrics_path, first_kept)
         self._metrics = self.metrics_path.open("a", encoding="utf-8", newline="\n")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_kept)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -140,8 +143,9 @@ class RunLog:
                 )
 
     def flush(self) -> None:
-        """Everything written so far is in the files."""
+        """Everything written so far is in the files; the metrics are on the disk."""
         self._metrics.flush()
+        os.fsync(self._metrics.fileno())
         self._board.flush()
 
     def _write(self, row: Mapping[str, float]) -> None:
@@ -163,8 +167,8 @@ def held_out_losses(folder: Path) -> dict[str, float]:
     return {"first": losses[0], "last": losses[-1]}
 
 
-def cut_back(metrics_path: Path, last_step: int) -> None:
-    """Drop the rows of metrics.jsonl after `last_step`, a torn last row included."""
+def cut_back(metrics_path: Path, first_dropped: int) -> None:
+    """Drop the rows of metrics.jsonl from step `first_dropped` on, a torn last row included."""
     if not metrics_path.is_file():
         return
     kept = []
@@ -173,6 +177,6 @@ def cut_back(metrics_path: Path, last_step: int) -> None:
             row = json.loads(line)
         except ValueError:  # the row that was being written when the run was stopped
             continue
-        if row["step"] <= last_step:
+        if row["step"] < first_dropped:
             kept.append(line)
     write_text(metrics_path, "".join(f"{line}\n" for line in kept))

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from lora_scripts import tensor_files
 from lora_scripts.errors import WorkError, user_error
 from lora_scripts.models.lora.layers import (
     AdaptedLayer,
@@ -57,7 +58,7 @@ def write_peft(folder: Path, adapters: Sequence[AdaptedLayer], base_model: str) 
     Ranks and alphas may differ from layer to layer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(peft_tensors(adapters, torch.float32), folder / "adapter_model.safetensors")
+    tensor_files.save(folder / "adapter_model.safetensors", peft_tensors(adapters, torch.float32))
     targets = sorted(layer.path for layer in adapters)
     kind: Kind = "lora" if all(layer.magnitude is None for layer in adapters) else "dora"
     _write_config(folder, adapters, targets, base_model, kind)

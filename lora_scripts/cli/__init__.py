@@ -1,7 +1,8 @@
 """The `lora-scripts` command: parses arguments, calls the one function that does the work.
 
 Heavy libraries are imported inside the commands, so that `--help` answers at once.
-Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 75 interrupted and resumable.
+Exit codes: 0 done, 1 the work failed or the data have errors, 2 what was typed or a config is
+wrong, 75 interrupted and resumable.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 
 import typer
 
-from lora_scripts.cli import export, run, use
-from lora_scripts.errors import UserError, WorkError
+from lora_scripts.cli import captions, export, label, run, use
+from lora_scripts.errors import UserError, WorkError, few
 
 app = typer.Typer(
     name="lora-scripts",
@@ -31,6 +32,9 @@ def _every_command() -> None:
 
 
 for _command in (
+    captions.new,
+    label.label,
+    captions.captions,
     run.check,
     run.train,
     use.sample,
@@ -46,11 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="lora-scripts")
     except UserError as error:
-        count = len(error.problems)
-        print("1 problem:" if count == 1 else f"{count} problems:", file=sys.stderr)  # noqa: T201
-        for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr)  # noqa: T201
+        _print(error)
         sys.exit(error.exit_code)
     except WorkError as error:
         print(f"Failed: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
+
+
+def _print(error: UserError) -> None:
+    """All errors; then the warnings that were found beside them."""
+    errors = [problem for problem in error.problems if problem.severity == "error"]
+    others = [problem for problem in error.problems if problem.severity == "warning"]
+    for name, problems in (("problem", errors), ("warning", others)):
+        if problems:
+            count = f"{len(problems)} {name}{'s' if len(problems) != 1 else ''}:"
+            print(count, file=sys.stderr)  # noqa: T201
+        for _, text in few(problems):
+            print(f"  {text}", file=sys.stderr)  # noqa: T201

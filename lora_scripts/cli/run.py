@@ -34,8 +34,16 @@ def check(
         typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, e.g. max_seq_length=512."),
     ] = None,
     row: Annotated[int, typer.Option(min=1, help="Which row of the data to show.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="All of it for machines.")] = False,
+    contact_sheet: Annotated[
+        Path | None, typer.Option(help="Write the pictures with their captions as this PNG.")
+    ] = None,
 ) -> None:
-    """Check a config and its data without training; show one example as the model will see it."""
+    """Check a config and its data without training; show one example as the model will see it.
+
+    Exit code 1 if the data have errors, 2 if the config has, else 0.
+    """
     from lora_scripts import check as checking
 
-    checking.run(config, overrides or (), row)
+    code = checking.run(config, overrides or (), row, as_json=json, contact_sheet=contact_sheet)
+    raise typer.Exit(code)

@@ -54,10 +54,16 @@ def local_path(base_model: str) -> Path | None:
     raise user_error(base_model, f"no such file or folder{_nearest(path)}")
 
 
-def fetch(hub_id: str, wanted: Sequence[str] = WANTED, unwanted: Sequence[str] = UNWANTED) -> Path:
+def fetch(
+    hub_id: str,
+    wanted: Sequence[str] = WANTED,
+    unwanted: Sequence[str] = UNWANTED,
+    revision: str | None = None,
+) -> Path:
     """The hub's files of a model in the local cache, downloaded if need be.
 
     `wanted` and `unwanted` are patterns of file names; by default those of a diffusers pipeline.
+    `revision`: a branch or commit; by default the main branch.
 
     Raises:
         UserError: if the model cannot be had: offline, unknown, or closed to this user.
@@ -72,7 +78,12 @@ def fetch(hub_id: str, wanted: Sequence[str] = WANTED, unwanted: Sequence[str] =
 
     try:
         return Path(
-            snapshot_download(hub_id, allow_patterns=list(wanted), ignore_patterns=list(unwanted))
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(unwanted),
+            )
         )
     except GatedRepoError:
         what = "the hub asks for your consent: accept the model's terms there, then `hf auth login`"

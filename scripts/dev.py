@@ -38,6 +38,8 @@ INPUTS = ("pyproject.toml", "constraints.txt")
 # pip's lines that say what takes long; shown where no progress bar can be
 PIP_NEWS = ("Downloading ", "Installing ", "Building ", "ERROR", "error")
 
+MOST_WORKERS = 4  # processes of the test suite; each holds PyTorch and toy models, about 1.5 GB
+
 DEMO_CONFIG = "configs/demo_image.yaml"
 DEMO_BASE = "assets/demo/model"
 DEMO_HELD_OUT = "assets/demo/heldout.csv"  # names that the LoRA's data does not show
@@ -157,14 +159,16 @@ def show_answers(folder: Path) -> None:
 
 
 def test(rest: list[str]) -> int:
-    """The test suite."""
+    """The test suite, a process a core."""
     prepare(["dev"])
-    return call(PYTHON, "-m", "pytest", *rest)
+    workers = str(min(MOST_WORKERS, os.cpu_count() or 1))
+    return call(PYTHON, "-m", "pytest", "-n", workers, "--dist", "worksteal", *rest)
 
 
 def test_slow(rest: list[str]) -> int:
-    """The tests marked slow."""
-    return test(["-m", "slow", *rest])
+    """The tests marked slow, one after another: each takes all cores and much memory."""
+    prepare(["dev"])
+    return call(PYTHON, "-m", "pytest", "-m", "slow", *rest)
 
 
 def lint(rest: list[str]) -> int:

@@ -49,7 +49,15 @@ def vary(
 
 def holds_word(text: str, word: str) -> bool:
     """Whether the text holds the word whole, or anywhere in scripts without spaces."""
-    word = word.casefold()
+    return re.search(_whole(word.casefold()), text.casefold()) is not None
+
+
+def replace_word(text: str, word: str, by: str) -> str:
+    """The text with every whole `word` (as in `holds_word`, but letters as typed) replaced."""
+    return re.sub(_whole(word), lambda _: by, text)
+
+
+def _whole(word: str) -> str:
     before = rf"(?<!{_LETTER})" if re.match(_LETTER, word) else ""
     after = rf"(?!{_LETTER})" if re.match(_LETTER, word[-1:]) else ""
-    return re.search(before + re.escape(word) + after, text.casefold()) is not None
+    return before + re.escape(word) + after

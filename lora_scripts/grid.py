@@ -54,6 +54,37 @@ def labelled(
     return sheet
 
 
+def sheet(
+    pictures: Sequence[Image.Image],
+    labels: Sequence[Sequence[str]],
+    *,
+    columns: int = 6,
+    cell: int = 192,
+) -> Image.Image:
+    """Pictures of any size in rows, each shrunk into a square cell, lines of text below it."""
+    size = 13
+    height = cell + max(len(lines) for lines in labels) * (size + 3) + MARGIN
+    rows = -(-len(pictures) // columns)
+    across = min(columns, len(pictures))
+    whole = across * (cell + MARGIN) + MARGIN, rows * height + MARGIN
+    paper = Image.new("RGB", whole, "white")
+    draw = ImageDraw.Draw(paper)
+    for number, (picture, lines) in enumerate(zip(pictures, labels, strict=True)):
+        left = MARGIN + number % columns * (cell + MARGIN)
+        top = MARGIN + number // columns * height
+        small = picture.copy()
+        small.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+        at = left + (cell - small.width) // 2, top + (cell - small.height) // 2
+        paper.paste(small, at)
+        draw.rectangle((at[0], at[1], at[0] + small.width - 1, at[1] + small.height - 1),
+                       outline="#cccccc")  # fmt: skip
+        for row, line in enumerate(lines):
+            under = left, top + cell + 2 + row * (size + 3)
+            fill = "black" if row == 0 else "#555555"
+            draw.text(under, _fitted(line, cell, size), fill=fill, font=_font(size))
+    return paper
+
+
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     for path in FONTS:

@@ -51,6 +51,18 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
+def silent() -> Iterator[None]:
+    """Within this context nothing is said: what is printed is for machines."""
+    logger = logging.getLogger(PACKAGE)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def file_log(path: Path) -> Iterator[None]:
     """Within this context everything said is also written to `path`, with time and level."""
     handler = logging.FileHandler(path, encoding="utf-8")

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_scripts import run_files
+from lora_scripts import datasets, picture_checks, run_files
 from lora_scripts.config import Draft, schema_of
-from lora_scripts.data import conversations, masks, records, validate
-from lora_scripts.errors import Problem, UserError, user_error
+from lora_scripts.data import text_checks
+from lora_scripts.data.looking import Look
+from lora_scripts.datasets import Location
+from lora_scripts.errors import UNNAMED, DataError, Problem, UserError, few, user_error
 from lora_scripts.models import hub, signature, text_signature, vae_signature
-from lora_scripts.schema import Dataset, ImageDataset, TextConfig, TextDataset
+from lora_scripts.schema import Dataset, ImageDataset, TextConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,32 @@ OPTIMIZER_PACKAGES = {
     "prodigy": "prodigyopt",
 }
 
-Location = tuple[str | int, ...]  # of a key in the config
 Row = tuple[Any, Any]  # a record and the dataset that it stands in
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a config names.
+
+    Attributes:
+        rows: Records, each with its dataset.
+        problems: Everything found; those of the data have a `kind`.
+        looks: What each picture is, in the order of the rows; none for texts.
+    """
+
+    rows: list[Row]
+    problems: list[Problem]
+    looks: list[Look]
+
+
 def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
-    """Read everything the config names: the rows of the data, and every problem found.
+    """The rows of the data, and every problem found: `look` without the pictures' sizes."""
+    found = look(draft)
+    return found.rows, found.problems
+
+
+def look(draft: Draft) -> Inputs:
+    """Read everything the config names.
 
     Works on a config with mistakes too, so that all are answered at once. Needs no torch.
     """
@@ -52,46 +73,49 @@ def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
     problems += _optimizer(draft)
     problems += _init_lora(draft, is_text=is_text)
     rows: list[Row] = []
-    for location, dataset in _datasets(draft):
-        trouble = _data_trouble(dataset.path, file_too=is_text)
+    found_in_data: list[Problem] = []
+    named = datasets.named(draft)
+    for location, dataset in named:
+        trouble = datasets.trouble(dataset.path, file_too=is_text)
         if trouble is not None:
             what = f"found {dataset.path}, {trouble}"
             problems.append(Problem(draft.source.where(*location), what))
             continue
         problems += _output_among_data(draft, dataset) + _mask_dir(draft, location, dataset)
-        found, row_problems = _read(dataset)
-        problems += [_placed(draft, location, problem) for problem in row_problems]
+        found, row_problems = datasets.read(draft, location, dataset, is_alone=len(named) == 1)
+        found_in_data += row_problems
         rows += [(record, dataset) for record in found]
-    if not is_text:
-        problems += validate.check([record for record, _ in rows])
-        if draft.values.get("masked_loss") is True:
-            problems += [draft.source.locate(problem) for problem in masks.check(rows)]
-    return rows, problems
+    looks: list[Look] = []
+    if is_text:
+        found_in_data += text_checks.check(rows)
+    else:
+        of_pictures, looks = picture_checks.check(rows, draft)
+        found_in_data += of_pictures
+    problems += [replace(problem, kind=problem.kind or UNNAMED) for problem in found_in_data]
+    return Inputs(rows, problems, looks)
 
 
-def _read(dataset: Dataset) -> tuple[Sequence[Any], list[Problem]]:
-    """The records of one dataset; a file that cannot be looked at becomes a problem."""
-    try:
-        match dataset:
-            case ImageDataset():
-                return records.read_images(
-                    dataset.path, dataset.metadata_path, dataset.caption_keys
-                )
-            case TextDataset():
-                found = conversations.read_texts(dataset.path, dataset.metadata_path)
-                forms = ", ".join(f"{count:,} × {form}" for form, count in found.forms.items())
-                if forms:
-                    logger.info("Data in %s: %s", dataset.path, forms)
-                return found.records, found.problems
-    except OSError as error:  # a name too long, a file that may not be read
-        return [], [Problem(str(error.filename), f"{error.strerror}")]
+def refuse(problems: Sequence[Problem], draft: Draft) -> None:
+    """Stop for errors; with `strict_data` for warnings about the data, too.
+
+    Raises:
+        UserError: with all errors; a `DataError` if they are of the data alone.
+    """
+    stopping = [problem for problem in problems if problem.severity == "error"]
+    warnings = [problem for problem in problems if problem.severity == "warning" and problem.kind]
+    if draft.values.get("strict_data") is True and warnings:
+        where, what = draft.source.where("strict_data"), "is true, so that warnings stop the run"
+        stopping += [*warnings, Problem(where, what, kind="strict-data")]
+    if not stopping:
+        return
+    raise (DataError if all(problem.kind for problem in stopping) else UserError)(stopping)
 
 
-def _placed(draft: Draft, location: Location, problem: Problem) -> Problem:
-    """A problem that names a key of a dataset, with the key's place in the file."""
-    if problem.where not in ImageDataset.model_fields:
-        return problem
-    return replace(problem, where=draft.source.where(*location[:-1], problem.where))
+def say(problems: Sequence[Problem]) -> None:
+    """Log warnings and notes; of each kind the first few, and how many there are besides."""
+    for problem, text in few(problems):
+        level = logging.INFO if problem.severity == "note" else logging.WARNING
+        logger.log(level, "%s", text)
 
 
 def environment(device: str) -> None:
@@ -198,53 +222,6 @@ def _mask_dir(draft: Draft, location: Location, dataset: Dataset) -> list[Proble
     """A folder of masks that is not there."""
     if not isinstance(dataset, ImageDataset) or dataset.mask_dir is None:
         return []
-    trouble = _data_trouble(dataset.mask_dir, file_too=False)
+    trouble = datasets.trouble(dataset.mask_dir, file_too=False)
     where = draft.source.where(*location[:-1], "mask_dir")
     return [] if trouble is None else [Problem(where, f"found {dataset.mask_dir}, {trouble}")]
-
-
-def _datasets(draft: Draft) -> list[tuple[Location, Dataset]]:
-    """The datasets that the config names, with the key of each; also of a config with mistakes."""
-    located: list[tuple[Location, Dataset]] = []
-    if draft.config is not None and draft.config.train_data_dir is not None:
-        located.append((("train_data_dir",), draft.config.all_datasets()[0]))
-    elif draft.config is not None:
-        written: Sequence[Dataset] = draft.config.datasets
-        for number, dataset in enumerate(written):
-            located.append((("datasets", number, "path"), dataset))
-    else:
-        values: dict[str, Any] = draft.values
-        is_text = schema_of(values) is TextConfig
-        folder = values.get("train_data_dir")
-        if folder is not None:
-            keys = ["metadata_path"] if is_text else ["metadata_path", "caption_keys", "mask_dir"]
-            entry = {"path": folder, **{key: values.get(key) for key in keys}}
-            located.append((("train_data_dir",), _dataset(entry, is_text=is_text)))
-            return located
-        for number, entry in enumerate(values.get("datasets", [])):
-            located.append((("datasets", number, "path"), _dataset(entry, is_text=is_text)))
-    return located
-
-
-def _dataset(entry: dict[str, Any], *, is_text: bool) -> Dataset:
-    return TextDataset.model_validate(entry) if is_text else ImageDataset.model_validate(entry)
-
-
-def _data_trouble(path: Path, *, file_too: bool) -> str | None:
-    """Why `path` is no folder (or file) to read; None if it is one."""
-    try:
-        return None if path.is_dir() or (file_too and path.is_file()) else _not_there(path)
-    except OSError as error:  # a name too long, a folder that may not be entered
-        return f"but it cannot be looked at: {error.strerror}"
-
-
-def _not_there(path: Path) -> str:
-    if path.exists():
-        return "but that is a file, not a folder"
-    if not path.parent.is_dir():
-        return f"but there is no such folder, nor {path.parent}"
-    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or path.suffix]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"but there is no such {'file' if path.suffix else 'folder'}" + (
-        f"; did you mean {path.parent / near[0]}?" if near else ""
-    )

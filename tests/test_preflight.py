@@ -23,7 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def inputs(**values: object) -> list[str]:
     """What the preflight says about a config with these keys."""
     defaults = {"base_model": "someone/a-model", "train_data_dir": "data/style_train"}
-    file = write_config(Path("my.yaml"), **{**defaults, "output_dir": "output/x", **values})
+    values = {"output_dir": "output/x", **values, "resolution": 64}
+    file = write_config(Path("my.yaml"), **{**defaults, **values})
     _, problems = preflight.inputs(config.read(file))
     return [str(problem) for problem in problems]
 
@@ -34,6 +35,7 @@ def test_good_inputs(folder: Path) -> None:
         base_model="someone/a-model",
         train_data_dir="data/style_train",
         output_dir="output/x",
+        resolution=64,
     )
     rows, problems = preflight.inputs(config.read(file))
     assert problems == []
@@ -277,9 +279,10 @@ def text_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **values: objec
 def test_text_data_may_be_a_file_or_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text_toys.write_jsonl(tmp_path / "rows.jsonl")
+    rows = text_toys.conversations(4)
+    text_toys.write_jsonl(tmp_path / "rows.jsonl", rows)
     assert text_inputs(tmp_path, monkeypatch) == []
-    text_toys.write_jsonl(tmp_path / "folder" / "rows.jsonl")
+    text_toys.write_jsonl(tmp_path / "folder" / "rows.jsonl", rows)
     assert text_inputs(tmp_path, monkeypatch, train_data_dir="folder") == []
     (problem,) = text_inputs(tmp_path, monkeypatch, train_data_dir="row.jsonl")
     assert problem.endswith("there is no such file; did you mean rows.jsonl?")
@@ -303,13 +306,14 @@ def test_all_mistakes_of_a_text_config_and_its_data_at_once(
 def test_an_image_model_under_a_text_config_and_the_reverse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sd_folder: Path
 ) -> None:
-    text_toys.write_jsonl(tmp_path / "rows.jsonl")
+    text_toys.write_jsonl(tmp_path / "rows.jsonl", text_toys.conversations(4))
     (problem,) = text_inputs(tmp_path, monkeypatch, base_model=str(sd_folder))
     assert "a diffusers folder, a model for images: set task_type: image-generation" in problem
     llama = text_toys.save_model(tmp_path / "llama")
     save_pictures(tmp_path / "pictures")
     file = write_config(
-        Path("image.yaml"), base_model=str(llama), train_data_dir="pictures", output_dir="o"
-    )
+        Path("image.yaml"), base_model=str(llama), train_data_dir="pictures", output_dir="o",
+        resolution=64,
+    )  # fmt: skip
     (found,) = preflight.inputs(config.read(file))[1]
     assert "set `task_type: text-generation`" in str(found)

@@ -35,7 +35,7 @@ def csv_rows(text: str, file: str, split: SplitRow) -> Iterator[CsvRow | Problem
         try:
             cells, taken = split(lines, at)
         except Refused as refused:
-            yield Problem(where, str(refused))
+            yield refused.problem(where)
             at += 1
             continue
         raw = "".join(lines[at : at + taken])

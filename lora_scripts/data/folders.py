@@ -9,6 +9,8 @@ from pathlib import Path
 from lora_scripts.data.reading import show_path
 from lora_scripts.errors import Problem
 
+_UNLISTED = "unreadable-folder"
+
 
 def walk_files(folder: Path, things: str, problems: list[Problem]) -> Iterator[str]:
     """The files of a folder and its sub-folders, in the order of names.
@@ -26,14 +28,14 @@ def walk_files(folder: Path, things: str, problems: list[Problem]) -> Iterator[s
 
     def note_unlisted(error: OSError) -> None:
         what = f"this folder cannot be listed ({error.strerror})"
-        problems.append(Problem(show_path(Path(error.filename)), what))
+        problems.append(Problem(show_path(Path(error.filename)), what, "error", _UNLISTED))
 
     for place, directories, files in os.walk(folder, onerror=note_unlisted):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         for name in directories:
             if (link := Path(place, name)).is_symlink():
                 what = f"is a link to another folder, which is not followed; copy its {things} in"
-                problems.append(Problem(show_path(link), what, "warning"))
+                problems.append(Problem(show_path(link), what, "warning", "linked-folder"))
         for name in sorted(name for name in files if not name.startswith(".")):
             yield Path(place, name).relative_to(folder).as_posix()
 

@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lora_scripts.data.folders import link_problem, walk_files
-from lora_scripts.data.reading import count, is_unicode, show
+from lora_scripts.data.reading import Refused, count, is_unicode, show
 from lora_scripts.errors import Problem
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = {  # extension -> formats that it stands for, as Pillow names them
+    ".png": ("PNG",),
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".webp": ("WEBP",),
+    ".bmp": ("BMP",),
+}
+SUFFIXES = tuple(FORMATS)
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one found beside an image is its caption
+TABLE_SUFFIXES = (".csv", ".jsonl")
 MASK_ENDS = ("-masklabel", "_mask")  # of the name of a mask beside its image
 
 _UNREAD_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jxl", ".psd", ".tif", ".tiff")
@@ -25,7 +33,9 @@ class ImageFolder:
     path: Path
     images: list[str] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)  # with the suffix in lower case -> name
-    refused: dict[str, str] = field(default_factory=dict)  # image -> why it is not used
+    tables: list[str] = field(default_factory=list)  # files that could hold captions
+    dotless: list[str] = field(default_factory=list)  # `img01txt`
+    refused: dict[str, Refused] = field(default_factory=dict)  # image -> why it is not used
     masks: dict[str, str] = field(default_factory=dict)  # image without its suffix -> mask
     repeats: dict[str, int] = field(default_factory=dict)  # kohya's sub-folders -> their number
     problems: list[Problem] = field(default_factory=list)
@@ -41,7 +51,8 @@ def list_folder(folder: Path) -> ImageFolder:
     listing = ImageFolder(folder)
     if not folder.is_dir():
         found = "this is a file" if folder.exists() else "there is no such folder"
-        listing.problems.append(Problem(str(folder), f"{found}; expected the folder of images"))
+        what = f"{found}; expected the folder of images"
+        listing.problems.append(Problem(str(folder), what, "error", "unreadable-folder"))
         return listing
     unread: list[str] = []
     for name in walk_files(folder, "images", listing.problems):
@@ -52,25 +63,30 @@ def list_folder(folder: Path) -> ImageFolder:
             listing.captions[stem(name) + suffix] = name
         elif suffix in _UNREAD_IMAGES:
             unread.append(name)
+        elif suffix in TABLE_SUFFIXES:
+            listing.tables.append(name)
+        elif not suffix and name.endswith(tuple(end[1:] for end in CAPTION_SUFFIXES)):
+            listing.dotless.append(name)
     _set_masks_apart(listing)
     if unread:
         what = "of a kind that is not read; save as PNG, JPEG or WebP to use"
         found = f"{count(unread, 'image')} {what}"
-        listing.problems.append(Problem(str(folder), found, "warning"))
+        listing.problems.append(Problem(str(folder), found, "warning", "unread-format"))
     return listing
 
 
 def _add_image(listing: ImageFolder, name: str) -> None:
     path = listing.path / name
     if not is_unicode(name):
-        listing.refused[name] = (
+        what = (
             "the file name is not valid UTF-8 (often from a zip made on a Chinese Windows); "
             "rename the file"
         )
+        listing.refused[name] = Refused(what, "file-name")
     elif path.is_symlink() and (
         why := link_problem(listing.path, path, thing="image", home="the folder of images")
     ):
-        listing.refused[name] = why
+        listing.refused[name] = Refused(why, "link")
     else:
         listing.images.append(name)
 
@@ -86,7 +102,7 @@ def _set_masks_apart(listing: ImageFolder) -> None:
                 listing.masks[of] = name
     if listing.masks:
         what = f"{count(list(listing.masks.values()), 'file')} taken for masks, not for images"
-        listing.problems.append(Problem(str(listing.path), what, "warning"))
+        listing.problems.append(Problem(str(listing.path), what, "note", "masks-set-apart"))
 
 
 def find_kohyas_folders(listing: ImageFolder) -> None:
@@ -101,7 +117,7 @@ def find_kohyas_folders(listing: ImageFolder) -> None:
     said = ", ".join(f"{show(folder)}: {number} times" for folder, number in found.items())
     if said:
         what = f"folders named as kohya's scripts want them; each image counts: {said}"
-        listing.problems.append(Problem(str(listing.path), what, "warning"))
+        listing.problems.append(Problem(str(listing.path), what, "note", "kohya-folders"))
 
 
 def stem(name: str) -> str:

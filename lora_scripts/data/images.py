@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lora_scripts.data import buckets, captions, masks, pixels, records, validate
+from lora_scripts.data import buckets, fitting, looking, masks, picture_memory, pixels, records
+from lora_scripts.data.caption_checks import composed
 from lora_scripts.data.views import Picture, Size
 from lora_scripts.errors import Problem, UserError
-from lora_scripts.files import file_hash
 from lora_scripts.randomness import seed_of
 from lora_scripts.schema import ImageConfig, ImageDataset
 
@@ -56,9 +55,8 @@ def gather(
         UserError: if the model cannot work on the buckets' sizes, or the weights show nothing.
     """
     sizes = bucket_sizes(config, pixel_multiple)
-    found = [record for record, _ in rows]
-    with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(file_hash, [record.path for record in found]))
+    with picture_memory.opened(config.cache_dir) as memory:
+        contents, their_sizes = looking.contents_and_sizes([r.path for r, _ in rows], memory)
     pictures = [
         Picture(
             record=record,
@@ -69,9 +67,7 @@ def gather(
             content=content,
             mask=masks.find(record, dataset) if config.masked_loss else None,
         )
-        for (record, dataset), size, content in zip(
-            rows, validate.image_sizes(found), contents, strict=True
-        )
+        for (record, dataset), size, content in zip(rows, their_sizes, contents, strict=True)
     ]
     roles = [dataset.role for _, dataset in rows]
     train, validation = _split(pictures, roles, config)
@@ -81,16 +77,6 @@ def gather(
         what = f"by their weights {config.epochs} epochs show {shown:g} pictures; raise the weights"
         raise UserError([Problem("datasets", what)])
     return Gathered(train, validation, kept)
-
-
-def composed(caption: str, config: ImageConfig) -> str:
-    """A caption with the prefix, suffix and trigger word of a run."""
-    return captions.compose(
-        caption,
-        prefix=config.caption_prefix,
-        suffix=config.caption_suffix,
-        trigger_word=config.trigger_word,
-    )
 
 
 def bucket_sizes(config: ImageConfig, pixel_multiple: int) -> list[Size]:
@@ -105,9 +91,7 @@ def bucket_sizes(config: ImageConfig, pixel_multiple: int) -> list[Size]:
             "because it halves the picture several times"
         )
         raise UserError([Problem("bucket_step", what)])
-    if not config.aspect_ratio_buckets:
-        return [(config.resolution, config.resolution)]
-    return buckets.bucket_sizes(config.resolution, config.bucket_step)
+    return fitting.sizes_of(config)
 
 
 def _split(

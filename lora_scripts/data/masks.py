@@ -36,7 +36,7 @@ def find(record: Record, dataset: ImageDataset) -> Path | None:
             if place.is_file():
                 return place
         what = f"no mask for {inside} in {dataset.mask_dir}; a white one learns all of it"
-        raise UserError([Problem(record.where, what)])
+        raise UserError([Problem(record.where, what, "error", "no-mask")])
     if record.mask is not None:
         return record.mask
     with pixels.open_image(record.path) as image:
@@ -59,10 +59,10 @@ def check(rows: Sequence[tuple[Record, ImageDataset]]) -> list[Problem]:
     ]
     if found and len(without) == len(found):
         what = "is true, but no picture has a mask: no mask_dir, no file NAME-masklabel, no alpha"
-        problems.append(Problem("masked_loss", what))
+        problems.append(Problem("masked_loss", what, "error", "no-mask"))
     elif without:
         what = f"{count(without, 'picture')} without a mask: learned whole"
-        problems.append(Problem("masked_loss", what, "warning"))
+        problems.append(Problem("masked_loss", what, "warning", "without-mask"))
     return problems
 
 
@@ -83,9 +83,10 @@ def _trouble(record: Record, place: Path) -> list[Problem]:
     if abs(mask.width * size[1] - mask.height * size[0]) > 0.01 * size[0] * size[1]:
         found = f"{mask.width}×{mask.height}"
         what = f"this mask is {found}, its picture {size[0]}×{size[1]}: another shape"
-        return [Problem(str(place), what)]
+        return [Problem(str(place), what, "error", "mask-shape")]
     if not mask.getbbox():
-        return [Problem(str(place), "this mask is black all over: nothing would be learned")]
+        what = "this mask is black all over: nothing would be learned"
+        return [Problem(str(place), what, "error", "black-mask")]
     return []
 
 

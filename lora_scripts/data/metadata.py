@@ -53,7 +53,7 @@ def _csv_rows(
             used = {name_at, *texts_at}
             yield from _unused_columns(where, [columns[i] for i in range(width) if i not in used])
         elif len(fields) != width:
-            yield Problem(where, _wrong_width(fields, raw.strip("\r\n"), width))
+            yield Problem(where, _wrong_width(fields, raw.strip("\r\n"), width), "error", "fields")
         else:
             caption, *others = (unix_lines(fields[at]) for at in texts_at)
             yield Row(where, fields[name_at], caption, tuple(others))
@@ -64,13 +64,14 @@ def _split_row(lines: Sequence[str], at: int) -> tuple[list[str], int]:
     try:
         fields, taken = split_row(lines, at)
     except csv.Error:
-        raise Refused(_unbalanced(lines[at])) from None
+        raise Refused(_unbalanced(lines[at]), "quotes") from None
     for below in range(at + 1, at + taken):
         if _IMAGE_ROW.match(lines[below]):
             what = f"a quote opens here and is still open in line {below + 1}, where"
-            raise Refused(f"{what} {show(lines[below].strip())} seems to begin a new row")
+            what = f"{what} {show(lines[below].strip())} seems to begin a new row"
+            raise Refused(what, "quotes")
     if has_odd_quotes(lines[at : at + taken]):
-        raise Refused(_unbalanced(lines[at]))
+        raise Refused(_unbalanced(lines[at]), "quotes")
     return fields, taken
 
 
@@ -88,7 +89,8 @@ def _header(
         if name is None or missing:
             lacks = show(missing[0]) if missing else "of file names"
             has = ", ".join(show(column) for column in columns)
-            raise Refused(f"no column {lacks}, which caption_keys needs; its first line: {has}")
+            what = f"no column {lacks}, which caption_keys needs; its first line: {has}"
+            raise Refused(what, "caption-column")
         return name, [columns.index(key.strip().lower()) for key in caption_keys]
     text = next((columns.index(title) for title in TEXT_COLUMNS if title in columns), None)
     return None if name is None or text is None else (name, [text])
@@ -98,7 +100,7 @@ def _unused_columns(where: str, names: Sequence[str]) -> list[Problem]:
     if not names:
         return []
     what = f"not used: {', '.join(show(name) for name in names)} (read: file name and caption)"
-    return [Problem(where, what, "warning")]
+    return [Problem(where, what, "warning", "unused-columns")]
 
 
 def _unbalanced(line: str) -> str:
@@ -132,7 +134,8 @@ def _jsonl_rows(
     text: str, file: str, caption_keys: Sequence[str] | None = None
 ) -> Iterator[Row | Problem]:
     if text.lstrip().startswith("["):
-        raise Refused(f"this is one JSON list; expected one object a line: {_JSON_EXAMPLE}")
+        what = f"this is one JSON list; expected one object a line: {_JSON_EXAMPLE}"
+        raise Refused(what, "json")
     unused: dict[str, None] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -141,7 +144,7 @@ def _jsonl_rows(
         try:
             row, others = _json_row(line, where, caption_keys)
         except Refused as refused:
-            yield Problem(where, str(refused))
+            yield refused.problem(where)
             continue
         yield row
         unused.update(dict.fromkeys(others))
@@ -154,20 +157,21 @@ def _json_row(line: str, where: str, caption_keys: Sequence[str] | None) -> tupl
         found = json.loads(line)
     except json.JSONDecodeError as error:
         place = f"{error.msg} at column {error.colno}"
-        raise Refused(f"not valid JSON ({place}); expected {_JSON_EXAMPLE}") from None
+        raise Refused(f"not valid JSON ({place}); expected {_JSON_EXAMPLE}", "json") from None
     except (ValueError, RecursionError):
-        raise Refused(f"not usable as JSON; expected {_JSON_EXAMPLE}") from None
+        raise Refused(f"not usable as JSON; expected {_JSON_EXAMPLE}", "json") from None
     if not isinstance(found, dict):
-        raise Refused(f"found {kind(found)}; expected an object: {_JSON_EXAMPLE}")
+        raise Refused(f"found {kind(found)}; expected an object: {_JSON_EXAMPLE}", "fields")
     keys = [next((key for key in NAME_COLUMNS if key in found), NAME_COLUMNS[0])]
     usual = next((key for key in TEXT_COLUMNS if key in found), TEXT_COLUMNS[0])
     keys += [usual] if caption_keys is None else caption_keys
     for key in keys:
         if key not in found:
             has = ", ".join(show(name) for name in found) or "no key"
-            raise Refused(f'no "{key}"; found {has}; expected {_JSON_EXAMPLE}')
+            raise Refused(f'no "{key}"; found {has}; expected {_JSON_EXAMPLE}', "fields")
         if not isinstance(found[key], str):
-            raise Refused(f'"{key}" is {kind(found[key])}; expected a text in quotes')
+            what = f'"{key}" is {kind(found[key])}; expected a text in quotes'
+            raise Refused(what, "fields")
     caption, *others = (unix_lines(found[key]) for key in keys[1:])
     row = Row(where, found[keys[0]], caption, tuple(others))
     return row, [key for key in found if key not in keys]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from lora_scripts.data.buckets import Size, crop_box
-from lora_scripts.errors import UserError, user_error
+from lora_scripts.errors import Problem, UserError
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")  # by content; MPO: a JPEG with further pictures
 
@@ -44,12 +44,14 @@ def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
     try:
         with Image.open(path) as image:
             if image.format not in FORMATS:
-                raise user_error(str(path), f"its content is {image.format}; {_SAVE_AS}")
+                what = f"its content is {image.format}; {_SAVE_AS}"
+                raise UserError([Problem(str(path), what, "error", "unread-format")])
             yield image
     except UserError:
         raise
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise user_error(str(path), _reason(path, error)) from error
+        kind, what = _reason(path, error)
+        raise UserError([Problem(str(path), what, "error", kind)]) from error
 
 
 def load_rgb(path: Path) -> Image.Image:
@@ -59,7 +61,7 @@ def load_rgb(path: Path) -> Image.Image:
     over white. 16-bit grey is divided by 257 and rounded; 16-bit colour keeps the high byte, as
     Pillow decodes it. Grey, CMYK and RGB with an embedded ICC profile are converted to sRGB; a
     profile that cannot be read or is for another kind of pixels is left out, as viewers do, and
-    the colours taken as sRGB (`validate.check` warns). Of an animation the first frame is taken.
+    the colours taken as sRGB (`looking.look` remarks it). Of an animation the first frame is taken.
 
     Raises:
         UserError: naming the file, if it cannot be decoded.
@@ -240,18 +242,24 @@ def _late_png_exif(path: Path) -> bytes | None:
     return None
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Path, error: Exception) -> tuple[str, str]:
+    """The kind of problem, and what the user is told."""
     text = re.sub(r"\s+", " ", str(error))
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return "unreadable-file", "there is no such file"
+    if isinstance(error, OSError) and error.errno is not None:
+        return "unreadable-file", f"the file cannot be read ({error.strerror})"
     if isinstance(error, Image.DecompressionBombError):
-        return (
+        what = (
             f"the image is too large to be decoded safely ({text}); make it smaller, a training "
             "resolution needs a few megapixels at most"
         )
+        return "too-large", what
     if path.stat().st_size == 0:
-        return "the file is empty (0 bytes); replace it or remove it"
+        return "empty-file", "the file is empty (0 bytes); replace it or remove it"
     if isinstance(error, UnidentifiedImageError):
-        return "this is not an image, or its header is damaged; replace it or remove it"
-    what = "the file is cut short" if "truncated" in text.lower() else "the file is damaged"
-    return f"{what} ({text}); replace it or remove it"
+        what = "this is not an image, or its header is damaged; replace it or remove it"
+        return "not-an-image", what
+    if "truncated" in text.lower():
+        return "truncated", f"the file is cut short ({text}); replace it or remove it"
+    return "damaged", f"the file is damaged ({text}); replace it or remove it"

@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_scripts.data import encodings
+from lora_scripts.errors import Problem
+
 _LONGEST = 60  # so many characters of what the user wrote are shown
 
 
 class Refused(Exception):
-    """A row, a file or a name that cannot be used; the text is what the user is told."""
+    """A row, a file or a name that cannot be used; the text is what the user is told.
+
+    `kind` is that of the `Problem` it becomes.
+    """
+
+    def __init__(self, what: str, kind: str = "") -> None:
+        super().__init__(what)
+        self.kind = kind
+
+    def problem(self, where: str) -> Problem:
+        """It as an error at a place."""
+        return Problem(where, str(self), "error", self.kind)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -20,27 +34,18 @@ def read_file(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise Refused(f"the file cannot be read ({error.strerror})") from None
+        raise Refused(f"the file cannot be read ({error.strerror})", "unreadable-file") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
-        raise Refused("the file seems to be UTF-16; save it as UTF-8")
+        raise Refused("the file seems to be UTF-16; save it as UTF-8", "encoding")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise Refused(
             f"the file is not UTF-8 (first bad byte in line {line}); it seems to be "
-            f"{_likely_encoding(data)}; save it as UTF-8 (in Excel: CSV UTF-8)"
+            f"{encodings.likely(data)}; save it as UTF-8 (in Excel: CSV UTF-8)",
+            "encoding",
         ) from None
-
-
-def _likely_encoding(data: bytes) -> str:
-    try:
-        text = data.decode("gb18030")
-    except UnicodeDecodeError:
-        return "Windows-1252 or another 8-bit encoding"
-    han = sum("\u4e00" <= character <= "\u9fff" for character in text)
-    other = sum(character > "\x7f" for character in text) - han
-    return "GBK, as Chinese Windows writes it" if han > other else "an 8-bit encoding"
 
 
 def unix_lines(text: str) -> str:

@@ -1,45 +1,32 @@
 """A folder of images and its captions, read into `Record`s.
 
 Three forms are read: `metadata.csv`, `metadata.jsonl`, and a `.txt` (or `.caption`) file beside
-each image; the rows of the first two are read by `lora_scripts.data.metadata`. Whatever is wrong
-becomes a `Problem` that names the file and the line; nothing is repaired, and one bad row does not
-hide the next.
+each image; the rows of the first two are read by `metadata`, the files beside images by `sidecars`.
+Whatever is wrong becomes a `Problem` that names the file and the line; nothing is repaired, and one
+bad row does not hide the next.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from lora_scripts.data.csv_rows import quoted
 from lora_scripts.data.image_folder import (
-    CAPTION_SUFFIXES,
     SUFFIXES,
     ImageFolder,
     find_kohyas_folders,
     list_folder,
-    stem,
 )
-from lora_scripts.data.metadata import READERS
-from lora_scripts.data.reading import (
-    Refused,
-    count,
-    is_unicode,
-    plain,
-    read_file,
-    show,
-    show_path,
-    unix_lines,
-)
+from lora_scripts.data.metadata import READERS, Row
+from lora_scripts.data.names import Names
+from lora_scripts.data.reading import Refused, count, is_unicode, read_file, show, show_path
+from lora_scripts.data.sidecars import ignored_sidecars, label_command, read_sidecars
 from lora_scripts.errors import Problem
 
 _KINDS = ", ".join(SUFFIXES)
-_GUESSES = 20  # fuzzy matching costs milliseconds for each missing name in a large folder
 
 
 @dataclass(frozen=True)
@@ -90,18 +77,20 @@ def read_images(
     problems = listing.problems
     if not listing.images and not listing.refused:
         if not any(problem.severity == "error" for problem in problems):
-            problems.append(Problem(str(folder), f"no image found; expected files in {_KINDS}"))
+            what = f"no image found; expected files in {_KINDS}"
+            problems.append(Problem(str(folder), what, "error", "no-images"))
         return [], problems
     try:
         metadata = _choose_metadata(folder, metadata_path)
     except Refused as refused:
-        return [], [*problems, Problem(show_path(metadata_path or folder), str(refused))]
+        return [], [*problems, refused.problem(show_path(metadata_path or folder))]
     if metadata is None:
         find_kohyas_folders(listing)
-        records, found = _read_sidecars(listing)
+        rows, found = read_sidecars(listing)
+        records = [_record(listing, row.name, row) for row in rows]
         if caption_keys is not None:
             what = "needs a metadata.csv or metadata.jsonl: captions are in files beside the images"
-            found.append(Problem("caption_keys", what))
+            found.append(Problem("caption_keys", what, "error", "caption-column"))
     else:
         records, found = _read_metadata(metadata, listing, caption_keys)
     return records, problems + found
@@ -140,9 +129,10 @@ def _choose_metadata(folder: Path, metadata_path: Path | None) -> Path | None:
     if metadata_path is None:
         return next((path for path in usual if path.is_file()), None)
     if not metadata_path.is_file():
-        raise Refused(f"there is no such file. {_found_instead(metadata_path, usual)}")
+        what = f"there is no such file. {_found_instead(metadata_path, usual)}"
+        raise Refused(what, "metadata-missing")
     if metadata_path.suffix.lower() not in READERS:
-        raise Refused("expected a .csv or a .jsonl file of captions")
+        raise Refused("expected a .csv or a .jsonl file of captions", "metadata-missing")
     return metadata_path
 
 
@@ -154,51 +144,8 @@ def _found_instead(wanted: Path, usual: Sequence[Path]) -> str:
         return f"Found instead: {', '.join(show_path(path) for path in found)}"
     return (
         "No other .csv or .jsonl file is there. Leave metadata_path out to use the .txt file "
-        f"beside each image, or make the file: {_label_command(wanted.parent, wanted)}"
+        f"beside each image, or make the file: {label_command(wanted.parent, wanted)}"
     )
-
-
-def _label_command(folder: Path, metadata: Path) -> str:
-    return f"python tools/auto_label.py --input {folder} --output {metadata}"
-
-
-def _read_sidecars(listing: ImageFolder) -> tuple[list[Record], list[Problem]]:
-    records: list[Record] = []
-    problems = [Problem(show(name), why) for name, why in listing.refused.items()]
-    missing: list[str] = []
-    for name in listing.images:
-        keys = (stem(name) + suffix for suffix in CAPTION_SUFFIXES)
-        beside = next((listing.captions[key] for key in keys if key in listing.captions), None)
-        folder = name.split("/")[0]
-        repeats = listing.repeats.get(folder, 1)
-        mask = listing.mask_of(name)
-        if beside is None:
-            caption = folder.partition("_")[2] if folder in listing.repeats else ""
-            if not caption:
-                missing.append(name)
-            records.append(Record(listing.path / name, caption, name, (), repeats, mask))
-            continue
-        try:
-            caption = unix_lines(read_file(listing.path / beside)).strip()
-        except Refused as refused:
-            problems.append(Problem(beside, str(refused)))
-            continue
-        if not caption:
-            problems.append(Problem(beside, "the caption is empty", "warning"))
-        records.append(Record(listing.path / name, caption, beside, (), repeats, mask))
-    if missing and len(missing) == len(listing.images):
-        command = _label_command(listing.path, listing.path / "metadata.csv")
-        what = (
-            "no captions found: no metadata.csv, no metadata.jsonl, no .txt beside an image. "
-            f"Make them with: {command} (to train without captions on purpose, put an empty "
-            ".txt file beside each image)"
-        )
-        problems.append(Problem(str(listing.path), what))
-    elif missing:
-        what = "without a .txt file beside them: their captions are empty"
-        found = f"{count(missing, 'image')} {what}"
-        problems.append(Problem(str(listing.path), found, "warning"))
-    return records, problems
 
 
 # --- metadata.csv and metadata.jsonl ------------------------------------------------------------
@@ -211,12 +158,13 @@ def _read_metadata(
     try:
         rows = list(READERS[metadata.suffix.lower()](read_file(metadata), file, caption_keys))
     except Refused as refused:
-        return [], [Problem(file, str(refused))]
+        return [], [refused.problem(file)]
     records: list[Record] = []
-    problems: list[Problem] = []
-    if not rows:
-        problems.append(Problem(file, "there is no row in it; expected one for each image"))
-    names = _Names(listing)
+    problems = ignored_sidecars(listing, file)
+    if all(isinstance(row, Problem) and row.severity != "error" for row in rows):
+        what = "there is no row in it; expected one for each image"
+        problems.append(Problem(file, what, "error", "no-rows"))
+    names = Names(listing)
     for row in rows:
         if isinstance(row, Problem):
             problems.append(row)
@@ -224,82 +172,22 @@ def _read_metadata(
         try:
             name = names.find(row.name, row.where)
             if not all(is_unicode(text) for text in (row.caption, *row.others)):
-                raise Refused("the caption holds a broken character (half of a surrogate pair)")
+                what = "the caption holds a broken character (half of a surrogate pair)"
+                raise Refused(what, "broken-character")
         except Refused as refused:
-            problems.append(Problem(row.where, str(refused)))
+            problems.append(refused.problem(row.where))
             continue
         if not any(text.strip() for text in (row.caption, *row.others)):
-            problems.append(Problem(row.where, f"the caption of {show(name)} is empty", "warning"))
-        mask = listing.mask_of(name)
-        records.append(Record(listing.path / name, row.caption, row.where, row.others, 1, mask))
+            what = f"the caption of {show(name)} is empty"
+            problems.append(Problem(row.where, what, "warning", "empty-caption"))
+        records.append(_record(listing, name, row))
     if unnamed := [name for name in listing.images if name not in names.seen]:
         what = f"{count(unnamed, 'image')} in the folder not named in it: they are not used"
-        problems.append(Problem(file, what, "warning"))
+        problems.append(Problem(file, what, "warning", "image-not-named"))
     return records, problems
 
 
-# --- names in metadata, and the files they mean -------------------------------------------------
-
-
-class _Names:
-    """Finds the file that a name in the metadata means; remembers which were named, and where."""
-
-    def __init__(self, listing: ImageFolder) -> None:
-        self.seen: dict[str, str] = {}
-        what = "by its name this is the mask of another image; rename it to use it as an image"
-        self._refused = listing.refused | dict.fromkeys(listing.masks.values(), what)
-        self._exact = {unicodedata.normalize("NFC", name): name for name in listing.images}
-        self._folded = {name.casefold(): name for name in listing.images}
-        self._stems = {stem(name).casefold(): name for name in listing.images}
-        self._bases = {PurePosixPath(name).name.casefold(): name for name in listing.images}
-        self._guesses_left = _GUESSES
-
-    def find(self, typed: str, where: str) -> str:
-        """The file's name in the folder. Raises `Refused` if it cannot be used."""
-        if not typed.strip():
-            raise Refused("the file name is empty; expected the name of an image")
-        name = self._inside(typed)
-        if (why := self._refused.get(name)) is not None:
-            raise Refused(f"{show(typed)}: {why}")
-        known = self._exact.get(unicodedata.normalize("NFC", name))
-        if known is None:
-            raise Refused(f"{show(typed)} is not there{self._hint(name)}")
-        if known in self.seen:
-            raise Refused(f"{show(typed)} was already named in {self.seen[known]}; keep one row")
-        self.seen[known] = where
-        return known
-
-    def _inside(self, typed: str) -> str:
-        name = typed.replace("\\", "/")
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
-            what = "leaves the folder of images; expected a name relative to it"
-            raise Refused(f"{show(typed)} {what}")
-        if path.suffix.lower() not in SUFFIXES:
-            found = f'"{plain(path.suffix)}"' if path.suffix else "none"
-            hint = self._hint(str(path))
-            raise Refused(f"{show(typed)}: extension {found}, expected one of {_KINDS}{hint}")
-        return str(path)
-
-    def _hint(self, name: str) -> str:
-        folded = name.casefold()
-        if folded in self._folded:
-            near, why = self._folded[folded], ": upper and lower case differ"
-        elif folded in self._stems:
-            near, why = self._stems[folded], ": with its extension"
-        elif stem(folded) in self._stems:
-            near, why = self._stems[stem(folded)], ": the extension differs"
-        elif PurePosixPath(folded).name in self._bases:
-            near, why = self._bases[PurePosixPath(folded).name], ": in another folder"
-        elif (guess := self._guess(folded)) is not None:
-            near, why = guess, ""
-        else:
-            return ""
-        return f"; the nearest is {show(near)}{why}"
-
-    def _guess(self, folded: str) -> str | None:
-        if self._guesses_left == 0:
-            return None
-        self._guesses_left -= 1
-        close = difflib.get_close_matches(folded, self._folded, n=1, cutoff=0.75)
-        return self._folded[close[0]] if close else None
+def _record(listing: ImageFolder, name: str, row: Row) -> Record:
+    repeats = listing.repeats.get(name.split("/")[0], 1)
+    mask = listing.mask_of(name)
+    return Record(listing.path / name, row.caption, row.where, row.others, repeats, mask)

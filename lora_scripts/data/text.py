@@ -26,6 +26,8 @@ from lora_scripts.schema import TextConfig, TextDataset
 GROUPED_BATCHES = 32  # of so many batches the rows are sorted by length, where they are padded
 MEASURED_TRAINING_SAMPLES = 32  # when nothing is held out
 MOST_PROBLEMS = 50  # of the rows; then the rest is not looked at
+CUT_ROWS_NAMED = 10  # those that lose most
+ENTRY_FORMAT = 2  # of what is stored; entries of another one are not found
 Row = tuple[TextRecord, TextDataset]
 
 
@@ -37,14 +39,14 @@ class Encoding:
         ends: Where sample i ends in the file; shape (samples,).
         rows: The row that sample i was made of.
         learned: How many of its tokens are learned.
-        cut: Rows that were longer than `max_seq_length`, and tokens cut off in all.
+        cut: Where each row longer than `max_seq_length` stands, and how many tokens it lost.
     """
 
     path: Path
     ends: np.ndarray
     rows: np.ndarray
     learned: np.ndarray
-    cut: tuple[int, int]
+    cut: list[tuple[str, int]]
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -105,15 +107,22 @@ def remarks(format: ChatFormat, encoding: Encoding, config: TextConfig) -> list[
             "The template puts a system message before conversations without one: "
             f"{format.unseen_system!r}. It is seen in training, too; system_prompt replaces it."
         )
-    cut_rows, cut_tokens = encoding.cut
-    if cut_rows:
-        count = int(encoding.rows[-1]) + 1  # every row has a sample
-        said.append(
-            f"{cut_rows:,} of {count:,} rows are longer than max_seq_length "
-            f"{config.max_seq_length}: {cut_tokens:,} tokens at their ends are cut off and not "
-            "learned"
-        )
+    if encoding.cut:
+        said.append(_what_is_cut(encoding, config))
     return said
+
+
+def _what_is_cut(encoding: Encoding, config: TextConfig) -> str:
+    """How many rows lose their ends, and which lose most."""
+    count = int(encoding.rows[-1]) + 1  # every row has a sample
+    most = sorted(encoding.cut, key=lambda row: -row[1])
+    named = ", ".join(f"{where} ({lost:,})" for where, lost in most[:CUT_ROWS_NAMED])
+    more = f" and {len(most) - CUT_ROWS_NAMED:,} more" if len(most) > CUT_ROWS_NAMED else ""
+    return (
+        f"{len(most):,} of {count:,} rows are longer than max_seq_length {config.max_seq_length}: "
+        f"{sum(lost for _, lost in most):,} tokens at their ends are cut off and not learned, "
+        f"of {named}{more}. Raise max_seq_length, or shorten these rows"
+    )
 
 
 def encode(
@@ -129,6 +138,7 @@ def encode(
     """
     store = cache.Cache(config.cache_dir, "tokens")
     key = cache.key_of(
+        ENTRY_FORMAT,
         [content_of(record) for record, _ in rows],
         (format.tokenizer_id, format.template, config.system_prompt),
         (config.train_on, config.max_seq_length, config.stride),
@@ -136,13 +146,12 @@ def encode(
     if store.missing([key]):
         store.write(key, _tokenise(rows, format, config, progress))
     stored = store.read(key, leaving=("ids", "supervised"))
-    cut_rows, cut_tokens = stored["cut"].tolist()
     return Encoding(
         path=store.path(key),
         ends=stored["ends"].numpy(),
         rows=stored["rows"].numpy(),
         learned=stored["learned"].numpy(),
-        cut=(cut_rows, cut_tokens),
+        cut=[(rows[row][0].where, lost) for row, lost in stored["cut"].tolist()],
     )
 
 
@@ -155,7 +164,7 @@ def _tokenise(
     samples: list[Encoded] = []
     origins: list[int] = []
     problems: list[Problem] = []
-    cut_rows, cut_tokens = 0, 0
+    cut: list[tuple[int, int]] = []
     for number, (record, _) in enumerate(rows):
         if len(problems) >= MOST_PROBLEMS:
             break
@@ -166,7 +175,8 @@ def _tokenise(
             continue
         kept = [_cut(sample, config.max_seq_length) for sample in whole]
         lost = sum(len(a.ids) - len(b.ids) for a, b in zip(whole, kept, strict=True))
-        cut_rows, cut_tokens = cut_rows + bool(lost), cut_tokens + lost
+        if lost:
+            cut.append((number, lost))
         for sample in kept:
             if sample.supervised[1:].any():
                 samples.append(sample)
@@ -184,7 +194,7 @@ def _tokenise(
         "ends": torch.tensor([len(sample.ids) for sample in samples]).cumsum(0),
         "rows": torch.tensor(origins),
         "learned": torch.tensor([int(sample.supervised[1:].sum()) for sample in samples]),
-        "cut": torch.tensor([cut_rows, cut_tokens]),
+        "cut": torch.tensor(cut, dtype=torch.int64).reshape(-1, 2),
     }
 
 

@@ -14,17 +14,15 @@ import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_scripts.errors import user_error
+from lora_scripts.models.caption_parts import TOKENS_A_PART, split
 from lora_scripts.models.family import Options
 
-TOKENS_A_PART = 75  # of max_caption_tokens
-LOOK_BACK = 10  # a part ends at the end of a word if there is one among so many of its last tokens
-WORD_END = "</w>"
 MASK = "embedding_mask"  # (B, S): 1 where a state belongs to the prompt, 0 where it fills up
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompt: str, max_tokens: int) -> torch.Tensor:
     """The prompt's ids, int64 (P, S), each part as the tokenizer itself marks and pads it."""
-    parts, _ = _split(tokenizer, prompt, max_tokens)
+    parts, _ = split(tokenizer, prompt, max_tokens)
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     room = tokenizer.model_max_length
     rows = [[start, *part, end] for part in parts]
@@ -33,34 +31,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompt: str, max_tokens: int) -> torch.Te
 
 def lost_tokens(tokenizer: CLIPTokenizer, prompt: str, max_tokens: int) -> int:
     """How many tokens of the prompt do not fit into `max_tokens` and are cut off."""
-    return _split(tokenizer, prompt, max_tokens)[1]
-
-
-def _split(
-    tokenizer: CLIPTokenizer, prompt: str, max_tokens: int
-) -> tuple[list[Sequence[int]], int]:
-    """The parts' ids without marks, at least one part, and the number of ids that are left over."""
-    left: Sequence[int] = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    room = tokenizer.model_max_length - 2
-    parts = []
-    for number in range(max_tokens // TOKENS_A_PART, 0, -1):
-        length = room if number == 1 else _part_length(tokenizer, left, room)
-        parts.append(left[:length])
-        left = left[length:]
-        if not left:
-            break
-    return parts, len(left)
-
-
-def _part_length(tokenizer: CLIPTokenizer, ids: Sequence[int], room: int) -> int:
-    """How many of the ids make the next part: to the end of a word, rather than through it."""
-    if len(ids) <= room:
-        return len(ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(ids[:room]))
-    for length in range(room, room - LOOK_BACK, -1):
-        if tokens[length - 1].endswith(WORD_END):
-            return length
-    return room
+    return split(tokenizer, prompt, max_tokens)[1]
 
 
 def check_skip(encoders: Mapping[str, Any], clip_skip: int | None) -> None:

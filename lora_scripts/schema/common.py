@@ -41,6 +41,7 @@ class CommonConfig(Section):
     validation_split: float = Field(
         0.0, ge=0, le=0.5, description="Share of the data held out to measure the loss."
     )
+    strict_data: bool = Field(False, description="Warnings about the data stop the run, too.")
     cache_dir: PathField = Field(Path("cache"), description="Encoded data, reused by later runs.")
 
     # --- the LoRA

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lora_scripts.data import cache, captions
-from lora_scripts.data.images import View, composed, mask_of, pixels_of, view_of
+from lora_scripts.data.caption_checks import composed
+from lora_scripts.data.images import View, mask_of, pixels_of, view_of
 from lora_scripts.data.views import Picture
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.models.family import Framing, ImageFamily

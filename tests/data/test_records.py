@@ -119,11 +119,12 @@ def test_sidecars(folder: Path) -> None:
         Record(folder / "sub/IMG04.JPEG", "", "sub/IMG04.txt"),
     ]
     assert problems == [
-        Problem("sub/IMG04.txt", "the caption is empty", "warning"),
+        Problem("sub/IMG04.txt", "the caption is empty", "warning", "empty-caption"),
         Problem(
             str(folder),
             "1 image (img05.bmp) without a .txt file beside them: their captions are empty",
             "warning",
+            "captions-missing",
         ),
     ]
     (folder / "img01.txt").write_bytes("赛博朋克".encode("gbk"))
@@ -219,7 +220,12 @@ CSV_FAULTS: dict[str, tuple[str | bytes, str]] = {
         "img01.jpg,x\nimg02.png,赛博朋克城市".encode("gbk"),
         "first bad byte in line 2); it seems to be GBK",
     ),
-    "Latin-1": ("img01.jpg,un caf\u00e9".encode("latin-1"), "8-bit encoding"),
+    "Latin-1": (
+        "img01.jpg,un caf\u00e9".encode("latin-1"),
+        "Windows-1252, as Western European Windows writes it; save it as UTF-8",
+    ),
+    "Shift-JIS": ("img01.jpg,夜の街".encode("shift_jis"), "Shift-JIS, as Japanese Windows"),
+    "Big5": ("img01.jpg,賽博龐克城市".encode("big5"), "Big5, as Windows in Taiwan"),
     "a control character": ("img\x1b01.jpg,x", '"img\\x1b01.jpg" is not there'),
 }
 
@@ -300,7 +306,7 @@ def test_images_that_are_not_named(folder: Path) -> None:
         "4 images (img02.png, img05.bmp, 图03.webp and 1 more) in the folder not named in it: "
         "they are not used"
     )
-    assert problems == [Problem("metadata.csv", what, "warning")]
+    assert problems == [Problem("metadata.csv", what, "warning", "image-not-named")]
 
 
 def test_metadata_path_that_is_not_there(folder: Path) -> None:
@@ -477,7 +483,7 @@ def test_kohyas_folders(tmp_path: Path) -> None:
     records, problems = read_images(tmp_path, None)
     found = [(r.path.parent.name, r.caption, r.repeats) for r in records]
     assert found == [("10_a cat", "a cat", 10)] * 2 + [("3_b", "b", 3), ("3_b", "own", 3)]
-    assert [problem.severity for problem in problems] == ["warning"]
+    assert [problem.severity for problem in problems] == ["note"]
     assert '"10_a cat": 10 times, "3_b": 3 times' in problems[0].what
     (tmp_path / "above.png").touch()  # then they are folders like others
     records, _ = read_images(tmp_path, None)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_scripts.data import looking, validate
+from lora_scripts.data.looking import contents_and_sizes
+from lora_scripts.data.picture_memory import PictureMemory
 from lora_scripts.data.records import Record
-from lora_scripts.data.validate import check, image_sizes
 from lora_scripts.errors import Problem, UserError
+from lora_scripts.schema import ImageDataset
 
 
 @pytest.fixture
@@ -32,6 +35,20 @@ def records(folder: Path) -> list[Record]:
     return [Record(path, "x", f"metadata.csv line {i}") for i, path in enumerate(paths, start=1)]
 
 
+def check(found: Sequence[Record], roles: Sequence[str] = ()) -> list[Problem]:
+    """What is found in the files, read without a memory."""
+    looks = [looking.look(record.path) for record in found]
+    rows = [
+        (record, ImageDataset(path=record.path.parent, role=role))
+        for record, role in zip(found, roles or ["train"] * len(found), strict=True)
+    ]
+    return validate.check(rows, looks)
+
+
+def image_sizes(found: Sequence[Record]) -> list[tuple[int, int]]:
+    return contents_and_sizes([record.path for record in found], PictureMemory(None))[1]
+
+
 def by_name(problems: Sequence[Problem]) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {
         Path(problem.where).name: (problem.severity, problem.what) for problem in problems
@@ -42,8 +59,8 @@ def by_name(problems: Sequence[Problem]) -> dict[str, tuple[str, str]]:
 
 def test_good_images_have_no_problem(folder: Path) -> None:
     for index, kind in enumerate(("PNG", "JPEG", "WEBP", "BMP")):
-        noise(index).save(folder / f"{kind}.png", kind)
-    camera = folder / "JPEG.png"
+        noise(index).save(folder / f"a.{kind.lower()}", kind)
+    camera = folder / "a.jpeg"
     camera.write_bytes(camera.read_bytes() + bytes(5000))  # data behind the end mark
     noise(5).save(folder / "phone.jpg", "MPO", save_all=True, append_images=[noise(6)])
     assert check(records(folder)) == []
@@ -110,7 +127,7 @@ def test_decompression_bomb(folder: Path) -> None:
 def test_warnings(folder: Path) -> None:
     frames = [noise(0), noise(1)]
     frames[0].save(folder / "a.png", save_all=True, append_images=frames[1:])
-    frames[0].save(folder / "b.webp", save_all=True, append_images=frames[1:], lossless=True)
+    noise(9).save(folder / "b.webp", save_all=True, append_images=frames[1:], lossless=True)
     noise(2).save(folder / "c.webp", exif=b"Exif\0\0nonsense")
     noise(3).save(folder / "d.jpg", icc_profile=b"nonsense")
     found = by_name(check(records(folder)))
@@ -146,9 +163,7 @@ def test_image_sizes(folder: Path) -> None:
     assert [Path(problem.where).name for problem in caught.value.problems] == ["c.png", "d.png"]
 
 
-def test_pixels_are_not_decoded_for_sizes_and_good_files(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_header_is_enough_for_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index, kind in enumerate(("png", "jpg", "webp")):
         noise(index).save(folder / f"a.{kind}")
 
@@ -156,5 +171,44 @@ def test_pixels_are_not_decoded_for_sizes_and_good_files(
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", refuse)
-    assert check(records(folder)) == []
     assert image_sizes(records(folder)) == [(64, 64)] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [("a.jpg", "PNG", "PNG"), ("a.png", "MPO", "JPEG"), ("a.webp", "JPEG", "JPEG")],
+)
+def test_content_that_does_not_fit_the_extension(
+    folder: Path, name: str, kind: str, said: str
+) -> None:
+    noise(0).save(folder / name, kind)
+    (problem,) = check(records(folder))
+    assert (problem.severity, problem.kind) == ("warning", "content-extension")
+    assert f"its content is {said}, its name ends in {Path(name).suffix}" in problem.what
+
+
+def test_a_copy_that_is_held_out(folder: Path) -> None:
+    for name in ("a.png", "b.png"):
+        noise(7).save(folder / name)
+    noise(7).save(folder / "c.jpg", quality=90)
+    first, second = check(records(folder), ["train", "validation", "validation"])
+    assert (first.kind, second.kind) == ("held-out-copy", "near-duplicate")
+    for problem in (first, second):
+        assert "one is learned and the other held out" in problem.what
+
+
+def test_near_duplicates_are_told_by_groups(folder: Path) -> None:
+    noise(1).save(folder / "a.png")
+    noise(2).save(folder / "b.png")
+    noise(1).resize((48, 48)).save(folder / "c.png")
+    noise(2).save(folder / "d.jpg", quality=80)
+    noise(1).save(folder / "e.jpg", quality=80)
+    noise(3).save(folder / "f.png")
+    first, second = check(records(folder))
+    assert (first.kind, first.severity) == ("near-duplicate", "warning")
+    assert first.where == str(folder / "a.png")
+    assert first.what == (
+        "nearly the same picture as c.png (metadata.csv line 3), e.jpg (metadata.csv line 5); what "
+        "they show counts more often than the rest. Keep the best of them (metadata.csv line 1)"
+    )
+    assert second.where == str(folder / "b.png") and "d.jpg" in second.what

@@ -89,7 +89,10 @@ class _Reading:
     forms: Counter[str] = field(default_factory=Counter)
     named: set[str] = field(default_factory=set)  # files that a row's file_name has asked for
 
-    def done(self) -> Texts:
+    def done(self, path: Path) -> Texts:
+        if not self.records and all(p.severity != "error" for p in self.problems):
+            what = "nothing to learn is in it: what was found is empty"
+            self.problems.append(Problem(show_path(path), what))
         return Texts(self.records, self.problems, dict(self.forms))
 
 
@@ -112,7 +115,7 @@ def read_texts(path: Path, metadata_path: Path | None) -> Texts:
         metadata = _choose_metadata(path, metadata_path)
     except Refused as refused:
         reading.problems.append(Problem(show_path(metadata_path or path), str(refused)))
-        return reading.done()
+        return reading.done(path)
     if metadata is not None:
         _read_data(reading, metadata, metadata.name)
         _note_unread(reading, listing, metadata)
@@ -126,7 +129,7 @@ def read_texts(path: Path, metadata_path: Path | None) -> Texts:
         if not listing.raw and not any(p.severity == "error" for p in listing.problems):
             what = f"no text data found; expected files in {_KINDS}"
             reading.problems.append(Problem(show_path(path), what))
-    return reading.done()
+    return reading.done(path)
 
 
 # --- which files are read -------------------------------------------------------------------------
@@ -149,7 +152,7 @@ def _read_one(path: Path, metadata_path: Path | None) -> Texts:
         found = show(path.suffix) if path.suffix else "none"
         what = f"extension {found}, expected one of {_KINDS}"
         reading.problems.append(Problem(show_path(path), what))
-    return reading.done()
+    return reading.done(path)
 
 
 def _list_folder(folder: Path) -> _Folder:
@@ -264,7 +267,11 @@ def _named_file(reading: _Reading, typed: str) -> str:
         what = f"expected a {kinds} file, which holds the prompt (pictures go with the task_type"
         raise Refused(f'"file_name": {show(typed)}: {what} image-generation)')
     path = reading.root / name
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # a name too long
+        raise Refused(f'"file_name": {show(typed)}: {error.strerror}') from None
+    if not is_there:
         what = f"there is no such file in {show_path(reading.root)}; it would hold the prompt"
         raise Refused(f'"file_name": {show(typed)}: {what}')
     if (why := _unusable(reading.root, str(name))) is not None:

@@ -116,7 +116,7 @@ def _incomplete(form: Form, row: Mapping[str, Any]) -> str:
         return f'"{missing}" is null; expected a value'
     others = [name for name in row if name not in KNOWN]
     close = nearest(missing, others)
-    hint = f' (is "{close}" meant for it?)' if close else ""
+    hint = f" (is {show(close)} meant for it?)" if close else ""
     return f'no "{missing}"; found {listed(row)}{hint}; {EXPECTED}'
 
 

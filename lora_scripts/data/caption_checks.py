@@ -1,0 +1,166 @@
+"""Captions as the text encoder reads them: what is cut off, what it cannot read, what is the same.
+
+All that is found here is a warning. Needs no torch: the tokenizer enters as a function.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lora_scripts.data.captions import compose, holds_word
+from lora_scripts.data.reading import shorten, show
+from lora_scripts.data.records import Record
+from lora_scripts.errors import Problem
+from lora_scripts.schema import ImageConfig, ImageDataset
+
+REPEATED = 0.5  # a caption of more than so many of the pictures is remarked on
+FEWEST = 4  # of fewer pictures nothing is said of their captions together
+_LOST_SHOWN = 100  # characters of what is cut off
+
+Row = tuple[Record, ImageDataset]
+
+
+class Reading(NamedTuple):
+    """How a prompt is read: its tokens, and from which character on nothing is (None: all is)."""
+
+    tokens: int
+    cut_at: int | None
+
+
+Read = Callable[[Sequence[str]], list[Reading]]
+
+
+def composed(caption: str, config: ImageConfig) -> str:
+    """A caption with the prefix, suffix and trigger word of a run."""
+    return compose(
+        caption,
+        prefix=config.caption_prefix,
+        suffix=config.caption_suffix,
+        trigger_word=config.trigger_word,
+    )
+
+
+def check(rows: Sequence[Row], config: ImageConfig, read: Read) -> list[Problem]:
+    """Warnings of captions, in the order of the rows; last what concerns all of them.
+
+    Args:
+        rows: Records and the datasets they stand in.
+        config: Of the run.
+        read: How the base model's tokenizer reads prompts.
+    """
+    learned = [(r, text) for r, data in rows if data.role == "train" for text in r.captions]
+    return [
+        *_cut([(record, text) for record, _ in rows for text in record.captions], config, read),
+        *_unreadable(rows),
+        *_without_trigger([pair for pair in learned if pair[1].strip()], config),
+        *_repeated([(record, text.strip()) for record, text in learned if text.strip()]),
+    ]
+
+
+def _cut(captions: Sequence[tuple[Record, str]], config: ImageConfig, read: Read) -> list[Problem]:
+    prompts = [composed(text, config) for _, text in captions]
+    varied = "; as the tags are shuffled, other ones each time" if config.shuffle_tags else ""
+    problems = []
+    for (record, _), prompt, reading in zip(captions, prompts, read(prompts), strict=True):
+        if reading.cut_at is None:
+            continue
+        lost = shorten(prompt[reading.cut_at :].strip(" ,"), _LOST_SHOWN)
+        what = (
+            f"the caption has {reading.tokens} tokens; {config.max_caption_tokens} are read "
+            f'(max_caption_tokens), which leaves out "{lost}"{varied}. Shorten it'
+        )
+        if config.max_caption_tokens < 225:
+            what += " or raise max_caption_tokens"
+        problems.append(Problem(record.where, what, "warning", "caption-cut"))
+    return problems
+
+
+def _unreadable(rows: Sequence[Row]) -> list[Problem]:
+    problems = []
+    for record, _ in rows:
+        found = next(filter(None, map(script_of, record.captions)), None)
+        if found is None:
+            continue
+        what = (
+            f"the caption is written in {found} letters, which the text encoder (CLIP) cannot "
+            "read: it was trained on English and takes them for meaningless pieces. Translate it"
+        )
+        problems.append(Problem(record.where, what, "warning", "caption-script"))
+    return problems
+
+
+def _without_trigger(captions: Sequence[tuple[Record, str]], config: ImageConfig) -> list[Problem]:
+    """Captions that lack the trigger word where others hold it: often a typing mistake."""
+    word = config.trigger_word
+    if word is None:
+        return []
+    lacks = [
+        record
+        for record, text in captions
+        if not holds_word(config.caption_prefix + text + config.caption_suffix, word)
+    ]
+    holding = len(captions) - len(lacks)
+    if not holding:
+        return []
+    return [
+        Problem(
+            record.where,
+            f"{show(word)} (trigger_word) is missing here, and stands in {holding} of "
+            f"{len(captions)} captions; it is put in front. Is it mistyped?",
+            "warning",
+            "trigger-word",
+        )
+        for record in lacks
+    ]
+
+
+def _repeated(captions: Sequence[tuple[Record, str]]) -> list[Problem]:
+    if len(captions) < FEWEST:
+        return []
+    ((text, times),) = Counter(text for _, text in captions).most_common(1)
+    if times <= REPEATED * len(captions):
+        return []
+    first = next(record for record, caption in captions if caption == text)
+    what = (
+        f"{times} of {len(captions)} captions are {show(text)}: what the pictures differ in has no "
+        "word of its own and is learned with these. Describe each picture"
+    )
+    return [Problem(first.where, what, "warning", "repeated-caption")]
+
+
+def script_of(text: str) -> str | None:
+    """What a text is written in that CLIP does not know; None if it does, or for a letter or two.
+
+    One Chinese, Japanese or Korean character is a word; of other scripts three letters are.
+    """
+    counts = Counter(map(_script, filter(str.isalpha, text)))
+    if counts["Japanese"]:
+        return "Japanese"
+    for name in ("Chinese", "Korean"):
+        if counts[name]:
+            return name
+    others = [(number, name) for name, number in counts.items() if name and number > 2]
+    return max(others)[1] if others else None
+
+
+def _script(letter: str) -> str:
+    """The script of a letter; "" if CLIP reads it."""
+    if letter < "\u0250":
+        return ""
+    first = unicodedata.name(letter, "").split(" ")[0]
+    match first:
+        case "HIRAGANA" | "KATAKANA":
+            return "Japanese"
+        case "CJK":
+            return "Chinese"
+        case "HANGUL":
+            return "Korean"
+        case "CYRILLIC" | "ARABIC" | "HEBREW" | "THAI" | "GREEK" | "DEVANAGARI":
+            return first.capitalize()
+        case "ARMENIAN" | "GEORGIAN" | "BENGALI" | "TAMIL" | "TELUGU" | "KHMER" | "ETHIOPIC":
+            return first.capitalize()
+        case _:
+            return ""

@@ -61,7 +61,10 @@ def sheet(
     columns: int = 6,
     cell: int = 192,
 ) -> Image.Image:
-    """Pictures of any size in rows, each shrunk into a square cell, lines of text below it."""
+    """Pictures of any size in rows, each fitted into a square cell, lines of text below it.
+
+    Small ones are enlarged by a whole factor, with their pixels kept square.
+    """
     size = 13
     height = cell + max(len(lines) for lines in labels) * (size + 3) + MARGIN
     rows = -(-len(pictures) // columns)
@@ -72,7 +75,10 @@ def sheet(
     for number, (picture, lines) in enumerate(zip(pictures, labels, strict=True)):
         left = MARGIN + number % columns * (cell + MARGIN)
         top = MARGIN + number // columns * height
-        small = picture.copy()
+        factor = max(1, cell // max(picture.size))
+        small = picture.resize(
+            (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+        )
         small.thumbnail((cell, cell), Image.Resampling.LANCZOS)
         at = left + (cell - small.width) // 2, top + (cell - small.height) // 2
         paper.paste(small, at)

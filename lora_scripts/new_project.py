@@ -19,6 +19,8 @@ from lora_scripts.data.reading import show, show_path
 from lora_scripts.data.records import write_csv
 from lora_scripts.errors import UserError, WorkError, user_error
 from lora_scripts.models import hub
+from lora_scripts.models.json_file import read_json
+from lora_scripts.models.signature import read_signature
 from lora_scripts.reference import json_schema
 from lora_scripts.shell import typed
 
@@ -29,6 +31,7 @@ BASES = {
     "image-generation": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "text-generation": "Qwen/Qwen2.5-1.5B-Instruct",
 }
+USUAL_RESOLUTION, BUCKET_STEP = 512, 64  # what the config has by default
 EXAMPLE_ROW = '{"prompt": "a question", "completion": "the answer"}'
 
 _BAD = r'\\/:*?"<>|\x00-\x1f\x7f'  # what no name of a file may hold on Windows
@@ -51,6 +54,8 @@ def run(name: str, data: Path, base: str | None, task: Task) -> None:
     """
     config = CONFIGS / f"{name}.yaml"
     _refuse(name, data, base, config, task)
+    base = base or BASES[task]
+    resolution = _native_resolution(base) if task == "image-generation" else None
     try:
         if not data.exists():
             data.mkdir(parents=True)
@@ -59,7 +64,7 @@ def run(name: str, data: Path, base: str | None, task: Task) -> None:
         CONFIGS.mkdir(exist_ok=True)
         if not (CONFIGS / "schema.json").exists():
             files.write_text(CONFIGS / "schema.json", json_schema())
-        files.write_text(config, _config_text(name, data, base or BASES[task], task))
+        files.write_text(config, _config_text(name, data, base, task, resolution))
     except OSError as error:
         raise WorkError(f"{error.filename} cannot be written ({error.strerror})") from None
     logger.info("%s: the config is written.\nNext:", show_path(config))
@@ -119,7 +124,7 @@ def _prepare_texts(path: Path) -> Sequence[str]:
     return [f"put your texts ({kinds}) into {show_path(path)}; a line of a .jsonl: {EXAMPLE_ROW}"]
 
 
-def _config_text(name: str, data: Path, base: str, task: Task) -> str:
+def _config_text(name: str, data: Path, base: str, task: Task, resolution: int | None) -> str:
     lines = ["# yaml-language-server: $schema=schema.json"]
     if task == "text-generation":
         lines += ["task_type: text-generation"]
@@ -131,7 +136,22 @@ def _config_text(name: str, data: Path, base: str, task: Task) -> str:
     ]
     if task == "image-generation":
         lines += ["learning_rate: 1e-4"]
+    if resolution and resolution != USUAL_RESOLUTION and resolution % BUCKET_STEP == 0:
+        lines += [f"resolution: {resolution}"]
     return "\n".join(lines) + "\n"
+
+
+def _native_resolution(base: str) -> int | None:
+    """What a base model on this machine was made for, in pixels; None if its files do not tell."""
+    path = hub.local_path(base)
+    if path is None:
+        return None
+    found = read_signature(path)
+    if found.layout == "diffusers":
+        unet, vae = (read_json(path / part / "config.json") for part in ("unet", "vae"))
+        side, halvings = unet.get("sample_size"), len(vae.get("block_out_channels", ())) - 1
+        return side << halvings if isinstance(side, int) and halvings >= 0 else None
+    return {"sd1": 512, "sd2": None, "sdxl": 1024}[found.family]
 
 
 def _quoted(text: str) -> str:

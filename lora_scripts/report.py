@@ -151,7 +151,7 @@ def contact_sheet(rows: Sequence[Row], looks: Sequence[Look], path: Path) -> int
         picture = pixels.load_rgb(record.path)
         picture.thumbnail((384, 384))
         small.append(picture)
-        labels.append([record.path.name, f"{width}×{height}", plain(record.captions[0])])
+        labels.append([record.path.name, f"{width} x {height}", plain(record.captions[0])])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.sheet(small, labels).save(path, "PNG")

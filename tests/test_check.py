@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lora_scripts import check
 from lora_scripts.errors import UserError
@@ -236,3 +238,91 @@ def test_exit_codes(tmp_path: Path, base: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.decode("utf-8").startswith("2 problems:\n")
     assert b"Traceback" not in done.stderr
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def pictures_config(folder: Path, base: Path, **changes: Any) -> Path:
+    """Five pictures of several shapes and their tags."""
+    data = folder / "图片"
+    data.mkdir()
+    sizes = {"a": (64, 64), "b": (96, 64), "c": (64, 96), "d": (64, 64), "e": (128, 80)}
+    rows = []
+    for seed, (name, size) in enumerate(sizes.items()):
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).save(data / f"{name}.png")
+        tags = "tree, red" if seed < 3 else "tree"
+        rows.append(f'{name}.png,"{tags}, no {seed}"')
+    (data / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return toys.write_config(folder / "my.yaml", **runs.values(base, data, folder, **changes))
+
+
+def test_the_report(tmp_path: Path, sd_folder: Path, said: Any) -> None:
+    path = pictures_config(tmp_path, sd_folder, bucket_step=16, trigger_word="zwx")
+    logged, _ = said(path)
+    assert "Pictures: 5 (5 train), captions: 5" in logged
+    assert "Width: 64 to 128, median 64. Height: 64 to 96, median 64" in logged
+    assert "Trained at: 48×80: 1, 64×64: 2, 80×48: 2" in logged
+    # letters are the toy's tokens, "zwx," put in front included
+    assert "Tokens of a caption: 12 to 16, median 16" in logged
+    assert "Most frequent tags: tree (5), red (3)" in logged
+
+
+def test_a_contact_sheet(tmp_path: Path, sd_folder: Path, said: Any) -> None:
+    path = pictures_config(tmp_path, sd_folder, bucket_step=16)
+    sheet = tmp_path / "new folder" / "sheet.png"
+    check.run(path, (), contact_sheet=sheet)
+    with Image.open(sheet) as written:
+        assert written.size == (5 * 200 + 8, 192 + 3 * 16 + 8 + 8)
+        pixels = np.asarray(written)
+    first = np.asarray(Image.open(tmp_path / "图片" / "a.png")).repeat(3, axis=0).repeat(3, axis=1)
+    assert (pixels[9 : 8 + 191, 9 : 8 + 191] == first[1:-1, 1:-1]).all()  # a grey line around
+    assert (pixels[8 + 192 : 8 + 192 + 16, 8:200] < 128).any()  # the name below it
+    with pytest.raises(UserError, match=r"--contact-sheet .*my.yaml.sheet.png: cannot be written"):
+        check.run(path, (), contact_sheet=path / "sheet.png")
+
+
+def test_a_text_config_has_figures_and_no_sheet(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_of(tmp_path, base)
+    assert check.run(path, (), as_json=True) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["report"] == {
+        "rows": 12, "samples": 12, "tokens": 840, "learned": 252, "longest": 102,
+    }  # fmt: skip
+    assert {warning["where"] for warning in printed["warnings"]} == {
+        "rows.jsonl line 2", "rows.jsonl line 3",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="is for pictures; this config is for texts"):
+        check.run(path, (), contact_sheet=tmp_path / "sheet.png")
+
+
+def test_places_for_machines(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_of(tmp_path, base, lora_rank=0)
+    (tmp_path / "rows.jsonl").write_text('{"messages": "x"}\n', encoding="utf-8")
+    assert check.run(path, ("seed=-1",), as_json=True) == 2
+    errors = json.loads(capsys.readouterr().out)["errors"]
+    places = [(error["kind"], Path(error["file"]).name, error["line"]) for error in errors]
+    assert places == [
+        ("config", "my.yaml", 7), ("config", "command line: seed", None), ("data", "rows.jsonl", 1),
+    ]  # fmt: skip
+
+
+def test_places_are_told_with_their_folders_where_there_are_several(
+    tmp_path: Path, sd_folder: Path, said: Any
+) -> None:
+    for name in ("one", "two"):
+        toys.save_pictures(tmp_path / name, seed=len(name) + ord(name[0]))
+    (tmp_path / "two" / "metadata.csv").write_text("img00.png,a,b\n", encoding="utf-8")
+    datasets = [{"path": str(tmp_path / "one")}, {"path": str(tmp_path / "two")}]
+    values = runs.values(sd_folder, tmp_path, tmp_path, datasets=datasets)
+    del values["train_data_dir"]
+    with pytest.raises(UserError) as caught:
+        said(toys.write_config(tmp_path / "my.yaml", **values))
+    assert str(caught.value.problems[0]).startswith(
+        f"{tmp_path / 'two' / 'metadata.csv'} line 1: 3 fields found"
+    )

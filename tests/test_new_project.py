@@ -13,6 +13,7 @@ from lora_scripts.errors import UserError
 from lora_scripts.preflight import inputs
 from lora_scripts.schema import ImageConfig, TextConfig
 from tests import console, text_toys, toys
+from tests.models import ldm_facts
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,19 @@ def pictures(folder: Path, count: int = 3) -> Path:
     return folder
 
 
+def test_the_resolution_is_what_the_base_was_made_for(here: Path) -> None:
+    pictures(here / "data")
+    base = Path(__file__).parent.parent / "assets" / "demo" / "model"
+    new("small", "--data", "data", "--base", base.as_posix())
+    assert config.load(here / "configs" / "small.yaml").resolution == 64
+    checkpoint = here / "xl.safetensors"
+    ldm_facts.write_zeros(checkpoint, ldm_facts.published_xl())
+    new("large", "--data", "data", "--base", checkpoint.as_posix())
+    assert config.load(here / "configs" / "large.yaml").resolution == 1024
+    new("usual", "--data", "data")
+    assert "resolution" not in (here / "configs" / "usual.yaml").read_text(encoding="utf-8")
+
+
 def test_pictures_without_captions(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures(here / "我的 图")
     toys.save_stable_diffusion(here / "模型")
@@ -46,6 +60,7 @@ def test_pictures_without_captions(here: Path, caplog: pytest.LogCaptureFixture)
         'output_dir: "output/赛 博"\n'
         "lora_rank: 16\n"
         "learning_rate: 1e-4\n"
+        "resolution: 64\n"  # what the toy was made for
     )
     assert (here / "我的 图" / "metadata.csv").read_text(encoding="utf-8") == (
         'file_name,text\nimg00.png,""\nimg01.png,""\nimg02.png,""\n'

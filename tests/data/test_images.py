@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from lora_scripts.data import images
+from lora_scripts.data import images, looking, picture_memory
 from lora_scripts.data.images import Gathered
 from lora_scripts.data.records import read_images
 from lora_scripts.data.views import PictureSet
 from lora_scripts.errors import UserError
 from lora_scripts.schema import ImageConfig
 from tests import toys
+
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of pictures lies in `cache`, in the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def gathered(**values: Any) -> Gathered:
@@ -83,3 +90,25 @@ def test_a_step_that_the_model_cannot_take_is_refused(tmp_path: Path) -> None:
     data = toys.save_pictures(tmp_path / "data", count=1)
     with pytest.raises(UserError, match="bucket_step: found 8; this model needs a multiple of 16"):
         gathered(train_data_dir=str(data), bucket_step=8)
+
+
+def test_pictures_that_were_checked_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = toys.save_pictures(tmp_path / "a", count=3)
+    for path in folder.iterdir():
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    paths = sorted(folder.glob("*.png"))
+    with picture_memory.opened(Path("cache")) as memory:
+        looks = looking.look_at_all(paths, memory, lambda done, total: None)
+
+    def refuse(path: Path) -> None:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(looking, "file_hash", refuse)
+    monkeypatch.setattr(Image, "open", refuse)
+    found = gathered(train_data_dir=str(folder)).train
+    assert [(p.content, p.size) for p in found] == [(look.content, (64, 64)) for look in looks]
+    os.utime(paths[0], (1_600_000_009, 1_600_000_009))
+    with pytest.raises(AssertionError, match="was read"):
+        gathered(train_data_dir=str(folder))

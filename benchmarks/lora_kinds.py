@@ -10,7 +10,8 @@ pictures, steps and batches. Of every LoRA it prints, as mean ± deviation over 
   drawings of the style (by statistics, by a classifier; see demo_style.py), as a share of the
   base's distance: 0 is the style itself, 1 is nothing learned;
 * named: the share of things that a classifier still names, as a share of the base's;
-* seconds a training step and size of the file.
+* seconds a training step, measured apart: short runs of all ways in turn, `--rounds` times, so that
+  what else the machine does falls on all of them; and the size of the file.
 
 It goes on where it stopped: finished runs and measured ones are kept below `--work`.
 """
@@ -20,10 +21,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from lora_scripts.tasks import build
 CONFIG = "configs/demo_image.yaml"
 BASE = "assets/demo/model"
 QUIET = ["sample_prompts=[]", "save_steps=null", "eval_steps=100000", "cache_dir=build/cache"]
+PACE_STEPS = 12
 WAYS: dict[str, list[str]] = {
     "LoRA on attention (the demo)": [],
     "DoRA": ["lora_type=dora"],
@@ -57,6 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--drawings", type=Path, default=Path("build/drawings"))
     parser.add_argument("--work", type=Path, default=Path("build/lora_kinds"))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), help="only these")
     arguments = parser.parse_args()
     ways = arguments.ways or list(WAYS)
@@ -65,14 +71,16 @@ def main() -> None:
     for number, (way, seed) in enumerate(runs, start=1):
         print(f"{number} of {len(runs)}: {way}, seed {seed}", file=sys.stderr)
         train(folder_of(arguments.work, way, seed), way, seed)
+    seconds = pace(arguments.work / "pace", ways, arguments.rounds)
     judge = Judge(arguments.drawings)
     base = judge.measured(arguments.work / "base.json", BASE, None)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for way, seed in runs:
         folder = folder_of(arguments.work, way, seed)
         figures = judge.measured(folder / "measured.json", BASE, folder)
-        found[way].append({**shares(figures, base), **cost(folder)})
-    report(found, base, arguments.seeds)
+        size = {"MB": (folder / "lora.safetensors").stat().st_size / 1e6}
+        found[way].append({**shares(figures, base), **size})
+    report(found, seconds, base)
 
 
 def folder_of(work: Path, way: str, seed: int) -> Path:
@@ -81,13 +89,29 @@ def folder_of(work: Path, way: str, seed: int) -> Path:
     return work / f"{plain}-{seed}"
 
 
-def train(folder: Path, way: str, seed: int) -> None:
+def train(folder: Path, way: str, seed: int, *more: str) -> None:
     """One run by the command that everybody types; a finished one is left alone."""
     if (folder / "run.json").is_file():
         return
     overrides = [*QUIET, *WAYS[way], f"seed={seed}", f"output_dir={folder}", "output_name=lora"]
-    command = [sys.executable, "train.py", "--config", CONFIG, *overrides]
+    command = [sys.executable, "train.py", "--config", CONFIG, *overrides, *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def pace(work: Path, ways: Sequence[str], rounds: int) -> dict[str, float]:
+    """Seconds a step of each way: the least of the rounds' medians, taken in turn."""
+    least: dict[str, float] = {}
+    for number in range(rounds):
+        for way in ways:
+            folder = folder_of(work, way, number)
+            shutil.rmtree(folder, ignore_errors=True)
+            train(folder, way, 1, f"max_train_steps={PACE_STEPS}")
+            rows = [json.loads(row) for row in (folder / "metrics.jsonl").open(encoding="utf-8")]
+            times = [row["time"] for row in rows if "loss" in row]
+            steps = [later - earlier for earlier, later in itertools.pairwise(times)]
+            least[way] = min(statistics.median(steps), least.get(way, math.inf))
+            print(f"pace, round {number + 1}: {way}: {least[way]:.3f} s", file=sys.stderr)
+    return least
 
 
 class Judge:
@@ -154,30 +178,23 @@ def shares(figures: dict[str, float], base: dict[str, float]) -> dict[str, float
     }
 
 
-def cost(folder: Path) -> dict[str, float]:
-    """Seconds a step, from the middle of the steps' times, and megabytes of the file."""
-    rows = [json.loads(row) for row in (folder / "metrics.jsonl").open(encoding="utf-8")]
-    times = [row["time"] for row in rows if "loss" in row]
-    steps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return {
-        "s/step": statistics.median(steps),
-        "MB": (folder / "lora.safetensors").stat().st_size / 1e6,
-    }
-
-
-def report(found: dict[str, list[dict[str, float]]], base: dict[str, float], seeds: int) -> None:
-    """A Markdown table, a row a way."""
+def report(
+    found: dict[str, list[dict[str, float]]], seconds: dict[str, float], base: dict[str, float]
+) -> None:
+    """A Markdown table, a row a way; the time of the first way is 1."""
     columns = list(next(iter(found.values()))[0])
-    print(f"| way, {seeds} seeds | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
+    print("| way | " + " | ".join(columns) + " | s/step | time |")
+    print("|---" * (len(columns) + 3) + "|")
+    first = next(iter(seconds.values()))
     for way, rows in found.items():
         cells = []
         for column in columns:
             values = [row[column] for row in rows]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            digits = 2 if column in ("s/step", "MB") else 3
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-        print(f"| {way} | " + " | ".join(cells) + " |")
+            mean = statistics.mean(values)
+            cells.append(f"{mean:.2f}" if column == "MB" else f"{mean:.3f} ± {spread:.3f}")
+        time_cells = f"{seconds[way]:.2f} | {seconds[way] / first:.2f}"
+        print(f"| {way}, {len(rows)} seeds | " + " | ".join(cells) + f" | {time_cells} |")
     print()
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in base.items())
     print(f"The base: {shown}. {time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads.")

@@ -59,7 +59,8 @@ def run(
             _say_ready(path, f"{len(found.rows):,} pictures with captions")
             for line in _report(found, config).lines():
                 logger.info("%s", line)
-            _show_picture(config, found.rows[row - 1][0], found.looks[row - 1], row)
+            record, dataset = found.rows[row - 1]
+            _show_picture(config, record, dataset.role, found.looks[row - 1], row)
             _write_sheet(found, contact_sheet)
         case TextConfig() as config:
             _refuse_sheet(contact_sheet)
@@ -117,12 +118,12 @@ def _say_ready(path: Path, found: str) -> None:
     logger.info("%s is in order: %s.", path, found)
 
 
-def _show_picture(config: ImageConfig, record: Record, look: Look, row: int) -> None:
+def _show_picture(config: ImageConfig, record: Record, role: str, look: Look, row: int) -> None:
     width, height = look.size
     logger.info("Row %d: %s (%d × %d), captioned as the model will read it:", row, record.path,
                 width, height)  # fmt: skip
     for caption in record.captions:
-        logger.info("%s", composed(caption, config) or "(an empty caption)")
+        logger.info("%s", composed(caption, config, role) or "(an empty caption)")
     if len(record.captions) > 1:
         logger.info("One of these is drawn each time.")
     if config.shuffle_tags or config.tag_dropout:

@@ -98,6 +98,7 @@ def of_pictures(
     sizes = fitting.sizes_of(config)
     dealt = Counter(sizes[buckets.assign(look.size, sizes)] for look in looks)
     texts = [text for record, _ in rows for text in record.captions]
+    prompts = [composed(t, config, data.role) for record, data in rows for t in record.captions]
     tags = Counter(tag for text in texts for tag in _tags(text))
     return Report(
         pictures=len(rows),
@@ -106,7 +107,7 @@ def of_pictures(
         width=Spread.of([look.size[0] for look in looks]),
         height=Spread.of([look.size[1] for look in looks]),
         buckets=[Bucket(*size, dealt[size]) for size in sizes if dealt[size]],
-        tokens=Spread.of([each.tokens for each in read([composed(t, config) for t in texts])]),
+        tokens=Spread.of([each.tokens for each in read(prompts)]),
         tags={tag: number for tag, number in tags.most_common(TAGS) if number > 1},
     )
 

@@ -33,8 +33,13 @@ class Reading(NamedTuple):
 Read = Callable[[Sequence[str]], list[Reading]]
 
 
-def composed(caption: str, config: ImageConfig) -> str:
-    """A caption with the prefix, suffix and trigger word of a run."""
+def composed(caption: str, config: ImageConfig, role: str) -> str:
+    """A caption with the prefix, suffix and trigger word of a run; the role is its dataset's.
+
+    Pictures for regularisation show what the words mean without the LoRA: theirs stand as written.
+    """
+    if role == "regularisation":
+        return caption
     return compose(
         caption,
         prefix=config.caption_prefix,
@@ -53,18 +58,20 @@ def check(rows: Sequence[Row], config: ImageConfig, read: Read) -> list[Problem]
     """
     learned = [(r, text) for r, data in rows if data.role == "train" for text in r.captions]
     return [
-        *_cut([(record, text) for record, _ in rows for text in record.captions], config, read),
+        *_cut(rows, config, read),
         *_unreadable(rows),
         *_without_trigger([pair for pair in learned if pair[1].strip()], config),
         *_repeated([(record, text.strip()) for record, text in learned if text.strip()]),
     ]
 
 
-def _cut(captions: Sequence[tuple[Record, str]], config: ImageConfig, read: Read) -> list[Problem]:
-    prompts = [composed(text, config) for _, text in captions]
+def _cut(rows: Sequence[Row], config: ImageConfig, read: Read) -> list[Problem]:
+    captions = [(record, composed(text, config, dataset.role))
+                for record, dataset in rows for text in record.captions]  # fmt: skip
+    prompts = [prompt for _, prompt in captions]
     varied = "; as the tags are shuffled, other ones each time" if config.shuffle_tags else ""
     problems = []
-    for (record, _), prompt, reading in zip(captions, prompts, read(prompts), strict=True):
+    for (record, prompt), reading in zip(captions, read(prompts), strict=True):
         if reading.cut_at is None:
             continue
         lost = shorten(prompt[reading.cut_at :].strip(" ,"), _LOST_SHOWN)

@@ -60,7 +60,8 @@ def gather(
     pictures = [
         Picture(
             record=record,
-            captions=tuple(composed(caption, config) for caption in record.captions),
+            captions=tuple(composed(text, config, dataset.role) for text in record.captions),
+            role=dataset.role,
             size=size,
             bucket=sizes[buckets.assign(size, sizes)],
             weight=record.repeats * dataset.repeats * dataset.weight,

@@ -25,6 +25,7 @@ class Picture:
         weight: How often an epoch shows it.
         content: SHA-256 of the file.
         mask: The file that says where it is learned; the picture itself for its alpha channel.
+        role: Of its dataset: train, regularisation or validation.
     """
 
     record: Record
@@ -34,6 +35,7 @@ class Picture:
     weight: float
     content: str
     mask: Path | None = None
+    role: str = "train"
 
 
 @dataclass(frozen=True)

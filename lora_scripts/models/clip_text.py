@@ -29,11 +29,6 @@ def tokenize(tokenizer: CLIPTokenizer, prompt: str, max_tokens: int) -> torch.Te
     return torch.tensor([row + [pad] * (room - len(row)) for row in rows])
 
 
-def lost_tokens(tokenizer: CLIPTokenizer, prompt: str, max_tokens: int) -> int:
-    """How many tokens of the prompt do not fit into `max_tokens` and are cut off."""
-    return split(tokenizer, prompt, max_tokens)[1]
-
-
 def check_skip(encoders: Mapping[str, Any], clip_skip: int | None) -> None:
     """Refuse a `clip_skip` past the first layer.
 

@@ -108,9 +108,6 @@ class ImageFamily(Protocol):
     def tokenize(self, prompt: str) -> dict[str, torch.Tensor]:
         """A prompt's token ids by encoder, each int64 (parts, tokens a part); no model runs."""
 
-    def cut_tokens(self, prompt: str) -> int:
-        """How many tokens at the end of a prompt are not read."""
-
     def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
         """The conditioning of a batch of tokenized prompts, on the device, with gradients."""
 

@@ -114,9 +114,6 @@ class StableDiffusion:
         most = self.options.max_caption_tokens
         return {"text_encoder": clip_text.tokenize(self.tokenizer, prompt, most)}
 
-    def cut_tokens(self, prompt: str) -> int:
-        return clip_text.lost_tokens(self.tokenizer, prompt, self.options.max_caption_tokens)
-
     def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
         ids = [prompt["text_encoder"] for prompt in prompts]
         ids_PS = torch.cat(ids).to(self.text_encoder.device)

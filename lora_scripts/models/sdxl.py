@@ -122,9 +122,6 @@ class StableDiffusionXL:
             "text_encoder_2": clip_text.tokenize(self.tokenizer_2, prompt, most),
         }
 
-    def cut_tokens(self, prompt: str) -> int:
-        return clip_text.lost_tokens(self.tokenizer, prompt, self.options.max_caption_tokens)
-
     def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
         """`embedding` (B, S, both widths), `pooled` (B, D) of each prompt's first part."""
         skip = self.options.clip_skip or OWN_CLIP_SKIP

@@ -23,7 +23,6 @@ from lora_scripts.tasks.task import Key
 
 logger = logging.getLogger(__name__)
 
-SHOWN_PLACES = 3  # of captions that are cut
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,7 +51,6 @@ class ViewReader:
         """
         pictures = list(dict.fromkeys((*learned, *measured)))
         self._refuse_empty_masks(learned, measured)
-        self._warn_of_cuts(pictures)
         if self.latents_are_cached:
             self._encode_pictures(pictures, progress)
         else:
@@ -107,8 +105,13 @@ class ViewReader:
             return picture.captions[chosen]
         plain = picture.record.captions[chosen]
         trigger_word = self.config.trigger_word
-        leads = trigger_word is not None and not captions.holds_word(
-            self.config.caption_prefix + plain + self.config.caption_suffix, trigger_word
+        learned = picture.role != "regularisation"
+        leads = (
+            learned
+            and trigger_word is not None
+            and not captions.holds_word(
+                self.config.caption_prefix + plain + self.config.caption_suffix, trigger_word
+            )
         )
         varied = captions.vary(
             plain,
@@ -117,7 +120,7 @@ class ViewReader:
             dropout=self.config.tag_dropout,
             chance=chance,
         )
-        return composed(varied, self.config)
+        return composed(varied, self.config, picture.role)
 
     def latent_key(self, picture: Picture, *, mirrored: bool) -> str:
         """The cache entry of a picture cut from its middle."""
@@ -167,20 +170,6 @@ class ViewReader:
                 for p in dark
             ]
         )
-
-    def _warn_of_cuts(self, pictures: Sequence[Picture]) -> None:
-        """Captions that are longer than what is read of them."""
-        cut = [
-            f"{picture.record.where} ({lost} tokens too long)"
-            for picture in pictures
-            if (lost := max(map(self.family.cut_tokens, picture.captions)))
-        ]
-        if cut:
-            places = ", ".join(cut[:SHOWN_PLACES]) + (", …" if len(cut) > SHOWN_PLACES else "")
-            logger.warning(
-                "%d captions are longer than max_caption_tokens (%d), the rest is not read: %s",
-                len(cut), self.config.max_caption_tokens, places,
-            )  # fmt: skip
 
 
 def parts_of(key: Key) -> tuple[int | str, ...]:

@@ -55,8 +55,8 @@ def test_only_as_many_parts_as_the_prompt_needs() -> None:
 @pytest.mark.parametrize(("most", "lost"), [(75, 125), (150, 50), (225, 0)])
 def test_what_does_not_fit_is_counted(most: int, lost: int) -> None:
     tokenizer = toys.character_tokenizer()
-    assert clip_text.lost_tokens(tokenizer, "a " * 200, most) == lost
-    assert clip_text.lost_tokens(tokenizer, "a cat", most) == 0
+    assert clip_text.split(tokenizer, "a " * 200, most)[1] == lost
+    assert clip_text.split(tokenizer, "a cat", most)[1] == 0
 
 
 def test_rows_of_one_length_need_no_mask_and_others_get_one() -> None:

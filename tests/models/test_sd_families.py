@@ -153,7 +153,6 @@ def test_parts_of_a_long_prompt_are_encoded_alone_and_laid_end_to_end(
         torch.testing.assert_close(found["pooled"], first["pooled"])
     cut = short.encode_prompt(LONG)
     assert len(cut["embedding"]) == 77
-    assert (short.cut_tokens(LONG), long.cut_tokens(LONG)) == (25, 0)
 
 
 @pytest.mark.parametrize("name", SAVED)

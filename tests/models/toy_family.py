@@ -116,9 +116,6 @@ class ToyFamily:
     def tokenize(self, prompt: str) -> dict[str, torch.Tensor]:
         return {name: tensor[None].long() for name, tensor in self.encode_prompt(prompt).items()}
 
-    def cut_tokens(self, prompt: str) -> int:
-        return 0
-
     def encode_tokens(self, prompts: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
         counts_BD = torch.cat([prompt["prompt"] for prompt in prompts])
         return {"prompt": counts_BD.float().to(self.compute.device)}

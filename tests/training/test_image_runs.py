@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +85,31 @@ def test_sdxl_is_told_how_each_view_was_cut(sdxl_folder: Path, tmp_path: Path) -
     assert view.shown_corner == (64 - view.corner[0], 0)
 
 
+def test_captions_of_regularisation_pictures_stand_as_written(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    """With the trigger word in them they would teach what they are there to prevent."""
+    data, kept = (
+        toys.save_pictures(tmp_path / "a", 2),
+        toys.save_pictures(tmp_path / "b", 2, seed=1),
+    )
+    sets = [{"path": str(data)}, {"path": str(kept), "role": "regularisation"}]
+    task, _, _ = runs.task(
+        sd_folder, data, tmp_path, train_data_dir=None, datasets=sets, trigger_word="zwx",
+        caption_prefix="by me, ",
+    )  # fmt: skip
+    learned, beside = task.train_set.pictures, task.train_set.regularisation
+    assert all(p.captions[0].startswith("zwx, by me, ") for p in learned)
+    assert [p.captions[0] for p in beside] == [p.record.caption for p in beside]
+    task, _, _ = runs.task(
+        sd_folder, data, tmp_path, train_data_dir=None, datasets=sets, trigger_word="zwx",
+        shuffle_tags=True,
+    )  # fmt: skip
+    key = Key(1, "train", 0)
+    assert not task.reader.prompt(task.train_set.regularisation[0], 3, key).startswith("zwx")
+    assert task.reader.prompt(task.train_set.pictures[0], 0, key).startswith("zwx, ")
+
+
 def test_weights_below_one_may_leave_an_epoch_empty(sd_folder: Path, tmp_path: Path) -> None:
     data = toys.save_pictures(tmp_path / "data", count=1)
     rare = {"train_data_dir": None, "datasets": [{"path": str(data), "weight": 0.25}]}
@@ -94,24 +118,6 @@ def test_weights_below_one_may_leave_an_epoch_empty(sd_folder: Path, tmp_path: P
     assert [row["step"] for row in runs.metrics(output) if "loss" in row] == [1, 2]
     with pytest.raises(UserError, match=r"line \d+: datasets: by their weights 3 epochs show 0.75"):
         runs.run(sd_folder, data, tmp_path / "b", **rare, epochs=3)
-
-
-def test_captions_that_are_cut_are_told_once(
-    sd_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = toys.save_pictures(tmp_path / "data", count=5)
-    lines = [f"img{i:02d}.png,{'a ' * (40 + 20 * i)}" for i in range(5)]
-    (data / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with caplog.at_level(logging.WARNING):
-        runs.task(sd_folder, data, tmp_path)
-    assert (
-        "3 captions are longer than max_caption_tokens (75), the rest is not read: metadata.csv "
-        "line 3 (5 tokens too long), metadata.csv line 4 (25 tokens too long), "
-        "metadata.csv line 5 (45 tokens too long)"
-    ) in caplog.text
-    caplog.clear()
-    runs.task(sd_folder, data, tmp_path, max_caption_tokens=150)
-    assert "longer than" not in caplog.text
 
 
 def test_a_mask_that_is_black_within_the_cut(sd_folder: Path, tmp_path: Path) -> None:

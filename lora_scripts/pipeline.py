@@ -163,6 +163,7 @@ def _finish(
         "steps": outcome.exported.step,
         "last_step": outcome.position.step,
         "best": asdict(outcome.best) if outcome.best else None,
+        "skipped_steps": outcome.skipped,
         "files": [path.name for path in finished.paths],
         "fingerprint": fingerprint,
         **facts,
@@ -186,6 +187,11 @@ def _finish(
 
 def _say_how_it_ended(config: Config, outcome: Outcome) -> None:
     best, last = outcome.best, outcome.position.step
+    if outcome.skipped:
+        logger.warning(
+            "Steps left out because their loss or gradient was no number: %d; run.log names them "
+            "and their samples", outcome.skipped,
+        )  # fmt: skip
     if last < outcome.total_steps:
         logger.info(
             "Ended after step %d of %d: the held-out loss has not fallen for %d measurements",

@@ -31,8 +31,8 @@ FREE_KEYS = frozenset(
         "mixed_precision", "gradient_checkpointing",
         "eval_steps", "histogram_steps", "sample_steps", "sample_prompts",
         "output_dir", "output_name", "save_steps", "save_every_epochs", "save_total_limit",
-        "save_dtype", "resume", "strict_data", "trust_remote_code", "vae", "cache_latents",
-        "init_lora",
+        "save_dtype", "resume", "strict_data", "on_nonfinite", "trust_remote_code", "vae",
+        "cache_latents", "init_lora",
     }
 )  # fmt: skip
 

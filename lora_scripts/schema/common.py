@@ -92,6 +92,9 @@ class CommonConfig(Section):
         lt=1,
         description="Export a moving average of the LoRA (0.999, say); null: the last step's.",
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A loss that is no number: end, or leave out at most 10 such steps."
+    )
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="Precision of the frozen model and of the arithmetic."
     )

@@ -141,6 +141,9 @@ class DiffusionTask:
         batch |= {f"conditioning.{n}": torch.stack([f[n] for f in frames]) for n in frames[0]}
         return batch
 
+    def place(self, index: int, key: Key) -> str:
+        return str(self._set_of(key).at(index).record.path)
+
     def loss(self, batch: Batch, key: Key) -> Loss:
         """Squared error of noise or velocity: a mean over each latent, a weighted sum over B.
 

@@ -117,6 +117,10 @@ class LanguageTask:
         rows = [self.data.encoding.read(index) for index in indices]
         return _packed(rows) if self.packed else _padded(rows)
 
+    def place(self, index: int, key: Key) -> str:
+        record, _ = self.rows[int(self.data.encoding.rows[index])]
+        return record.where
+
     def loss(self, batch: Batch, key: Key) -> Loss:
         """Cross entropy of the learned tokens, summed; logits only where there is one."""
         model = self.base.model

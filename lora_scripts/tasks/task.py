@@ -66,6 +66,9 @@ class Task(Protocol):
     def load(self, indices: Indices, key: Key) -> Batch:
         """The data of one micro-batch on the CPU. Stateless: may run in another thread."""
 
+    def place(self, index: int, key: Key) -> str:
+        """Where a person finds a sample: its file, or its file and line."""
+
     def loss(self, batch: Batch, key: Key) -> Loss:
         """The loss of a micro-batch; its noise follows from `key` and the samples' indices."""
 

@@ -28,6 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lora_scripts.files import write_text
 from lora_scripts.run_files import METRICS
+from lora_scripts.training.nonfinite import SKIPPED
 
 logger = logging.getLogger(__name__)
 COUNTED = ("epoch", "samples")  # numbers that need no curve
@@ -114,7 +115,8 @@ class RunLog:
             return ""
         before, then = self._first_tallies
         seconds = time.monotonic() - then
-        rates = {name: (count - before.get(name, 0)) / seconds for name, count in tallies.items()}
+        counted = {name: count for name, count in tallies.items() if name != SKIPPED}
+        rates = {name: (count - before.get(name, 0)) / seconds for name, count in counted.items()}
         return "".join(f"  {rate:.0f} {name}/s" for name, rate in rates.items())
 
     def evaluation(self, step: int, eval_loss: float) -> None:

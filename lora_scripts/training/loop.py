@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import signal
 import threading
@@ -18,13 +17,12 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lora_scripts.device import Compute
-from lora_scripts.errors import WorkError
 from lora_scripts.models import lora
 from lora_scripts.randomness import seed_of
 from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Key, Task
-from lora_scripts.training import checkpoint, optim, steps
+from lora_scripts.training import checkpoint, nonfinite, optim, steps
 from lora_scripts.training.averaging import PREFIX, Average
 from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.evaluate import held_out_loss, to_device
@@ -46,6 +44,7 @@ class Outcome:
     interrupted: bool
     best: Best | None
     exported: Position  # what the adapters on the model are: the last step, or the best
+    skipped: int  # steps left out because their loss was no number
 
 
 def train(
@@ -140,23 +139,29 @@ def train(
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             torch._foreach_mul_(list(gradients.values()), 1.0 / (count * TOTAL_SCALE))
             norm, norms = get_total_norm(gradients.values()), group_norms(gradients)
-            if config.max_grad_norm:
-                clip_grads_with_norm_(parameters.values(), config.max_grad_norm, norm)
-            scaler.step(optimizer)
+            found = float(total) / count, float(norm)
+            usable = nonfinite.is_usable(*found, scaler)
+            if usable:
+                if config.max_grad_norm:
+                    clip_grads_with_norm_(parameters.values(), config.max_grad_norm, norm)
+                scaler.step(optimizer)
+            elif nonfinite.skip(step, found, task, config, tallies[nonfinite.SKIPPED]):
+                tallies[nonfinite.SKIPPED] += 1
+            else:
+                raise nonfinite.refuse(step, found, task, parameters, compute)
             scaler.update()
             average.update(step.after.step)
             # ------------------------------------------------------------- noted, looked at, saved
             position = step.after
             numbers = {
                 "epoch": step.key.epoch + 1,
-                "loss": float(total) / count,
+                "loss": found[0],
                 **optim.noted_rates(optimizer, list(by_component)),
-                "grad_norm": float(norm),
+                "grad_norm": found[1],
                 "samples": position.samples,
             }
-            refuse_nonfinite(numbers, position.step, step, scaler)
             log.step(position.step, numbers, tallies, norms)
-            if position.step % config.histogram_steps == 0:
+            if usable and position.step % config.histogram_steps == 0:
                 log.histograms(position.step, gradients)
             optimizer.zero_grad(set_to_none=True)
             last = position.step == total_steps
@@ -179,7 +184,8 @@ def train(
     if config.early_stopping_patience and best and not interrupted:
         kept = PREFIX if config.ema_decay else checkpoint.ADAPTER
         exported = checkpoint.go_back(folder / CHECKPOINTS, best, parameters, kept)
-    return Outcome(position, total_steps, interrupted, best, exported)
+    skipped = tallies[nonfinite.SKIPPED]
+    return Outcome(position, total_steps, interrupted, best, exported, skipped)
 
 
 def trained_parameters(task: Task) -> dict[str, nn.Parameter]:
@@ -228,26 +234,6 @@ def group_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
         groups.setdefault(block[0] if block else name, []).append(gradient)
     norms = torch.stack([get_total_norm(group) for group in groups.values()]).tolist()
     return dict(zip(groups, norms, strict=True))
-
-
-def refuse_nonfinite(
-    numbers: Mapping[str, float], step_number: int, step: Step, scaler: torch.amp.GradScaler
-) -> None:
-    """Stop at a loss or gradient that is no number. fp16 overflow is the scaler's to mend.
-
-    Raises:
-        WorkError: naming the step and its samples.
-    """
-    overflowed = scaler.is_enabled() and scaler.get_scale() >= 1.0
-    if math.isfinite(numbers["loss"]) and (math.isfinite(numbers["grad_norm"]) or overflowed):
-        return
-    samples = [index for indices in step.micro_batches for index in indices]
-    raise WorkError(
-        f"step {step_number}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']} "
-        f"(samples {samples} of epoch {step.key.epoch + 1}). Nothing was saved after the last "
-        "checkpoint. Usual causes: a learning_rate that is too high, or fp16 where "
-        "mixed_precision: bf16 or no would do."
-    )
 
 
 def due(config: Config, step: Step) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_scripts import pipeline
-from lora_scripts.errors import UserError, WorkError
+from lora_scripts.errors import UserError
 from lora_scripts.tasks.diffusion import DiffusionTask
-from lora_scripts.tasks.task import Batch, Key, Loss
 from lora_scripts.training import loop, steps
 from lora_scripts.training.checkpoint import Position
 from tests import runs, toys
@@ -153,22 +151,6 @@ def test_steps_end_with_the_epochs_or_the_cap(
     assert list(steps.remaining(task, capped, planned[2].after, 4)) == [planned[3]]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(
-    sd_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = DiffusionTask.loss
-
-    def broken(task: DiffusionTask, batch: Batch, key: Key) -> Loss:
-        loss = original(task, batch, key)
-        return replace(loss, total=loss.total * float("nan")) if key.epoch == 1 else loss
-
-    monkeypatch.setattr(DiffusionTask, "loss", broken)
-    with pytest.raises(WorkError, match=r"step 4: loss nan.*samples \[\d, \d\] of epoch 2"):
-        runs.run(sd_folder, pictures, tmp_path, save_steps=2)
-    assert (tmp_path / "output/toy/checkpoints/step-000002/state.json").is_file()
-    assert not (tmp_path / "output/toy/toy.safetensors").exists()
-
-
 RESUMED = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
@@ -206,11 +188,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "due", lambda config, step: step.after.step == 3)
-        original = loop.refuse_nonfinite
+        original = loop.RunLog.step
         patch.setattr(
-            loop,
-            "refuse_nonfinite",
-            lambda n, number, *rest: killed() if number == 8 else original(n, number, *rest),
+            loop.RunLog,
+            "step",
+            lambda log, number, *rest: killed() if number == 8 else original(log, number, *rest),
         )
         with pytest.raises(KeyboardInterrupt):
             runs.run(sd_folder, pictures, tmp_path / "parts", **options)

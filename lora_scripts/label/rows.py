@@ -87,9 +87,7 @@ class CsvFile:
         return str(self.path)
 
     def read(self) -> dict[str, str]:
-        if not self.path.exists():
-            return {}
-        return {key(row.name): row.caption for row in _rows(self.path, _text(self.path))}
+        return _read(self.path)
 
     def write(self, captions: Mapping[str, str], *, overwrite: bool) -> None:
         text = _text(self.path) if self.path.exists() else ""
@@ -147,9 +145,7 @@ class JsonLinesFile:
         return str(self.path)
 
     def read(self) -> dict[str, str]:
-        if not self.path.exists():
-            return {}
-        return {key(row.name): row.caption for row in _rows(self.path, _text(self.path))}
+        return _read(self.path)
 
     def write(self, captions: Mapping[str, str], *, overwrite: bool) -> None:
         text = _text(self.path) if self.path.exists() else ""
@@ -178,6 +174,12 @@ def _json(row: Mapping[str, object]) -> str:
 
 
 # --- what both have in common -------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    return {key(row.name): row.caption for row in _rows(path, _text(path))}
 
 
 def _text(path: Path) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.models.header import read_header
 from lora_scripts.models.json_file import read_json
+from lora_scripts.models.text_signature import missing_weights
 
 TAGGER_MODEL = "model.onnx"
 TAGGER_TAGS = "selected_tags.csv"
 _TRANSFORMERS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 # Copies in other formats and precisions beside the weights that are read.
 UNWANTED = ("onnx/*", "original/*", "openvino/*", "*.fp16.*", "*.bf16.*", "consolidated*")
-_INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _KINDS = {"blip": "blip", "blip-2": "blip2", "florence2": "florence2"}
 # The branch of the hub's own converter, of a model whose main branch has a pickle only.
@@ -160,7 +160,7 @@ def _check_safetensors(path: Path) -> None:
             else "there are no .safetensors weights (pickles are neither fetched nor opened)"
         )
         raise user_error(str(path), what)
-    missing = _missing(path)
+    missing = missing_weights(path)
     if missing:
         raise user_error(str(path), f"there is no {', '.join(missing[:5])}")
     problems = []
@@ -171,15 +171,3 @@ def _check_safetensors(path: Path) -> None:
             problems += error.problems
     if problems:
         raise UserError(problems)
-
-
-def _missing(path: Path) -> list[str]:
-    """Parts of the weights that the index names and that are not there."""
-    if not (path / _INDEX).is_file():
-        return (
-            [] if (path / "model.safetensors").is_file() else [f"model.safetensors (nor {_INDEX})"]
-        )
-    named = read_json(path / _INDEX).get("weight_map")
-    if not isinstance(named, dict):
-        raise user_error(str(path / _INDEX), "there is no weight_map in it")
-    return sorted({str(name) for name in named.values() if not (path / str(name)).is_file()})

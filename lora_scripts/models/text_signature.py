@@ -134,7 +134,8 @@ def _check_weights(path: Path, layout: Layout) -> None:
             else "there are no .safetensors weights; fetch the folder whole"
         )
         raise user_error(str(path), what)
-    missing = _missing(path, layout)
+    has_index = (path / _INDEX).is_file()
+    missing = missing_weights(path) if has_index or layout == "transformers" else []
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         what = f"there is no {', '.join(missing[:5])}{more}; fetch the folder whole"
@@ -149,14 +150,18 @@ def _check_weights(path: Path, layout: Layout) -> None:
         raise UserError(problems)
 
 
-def _missing(path: Path, layout: Layout) -> list[str]:
-    """Files of weights that should be there and are not."""
+def missing_weights(path: Path) -> list[str]:
+    """Files of weights that a transformers folder should have and has not.
+
+    Raises:
+        UserError: if their index names none.
+    """
     index = path / _INDEX
     if index.is_file():
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict):
             raise user_error(str(index), "there is no weight_map in it; fetch the file again")
         return sorted({str(n) for n in named.values() if not (path / str(n)).is_file()})
-    if layout == "transformers" and not (path / "model.safetensors").is_file():
-        return [f"model.safetensors (nor {_INDEX})"]
-    return []
+    if (path / "model.safetensors").is_file():
+        return []
+    return [f"model.safetensors (nor {_INDEX})"]

@@ -87,7 +87,12 @@ def decide(config: Config) -> Start:
                 raise user_error("resume", what)
     state = checkpoint.read_state(path)
     _refuse_changes(config, path, state)
-    return Start((path, state), finished=_is_finished(folder, config, state))
+    finished = _is_finished(folder, config, state)
+    is_newest = config.resume == "auto" and path == checkpoint.listed(path.parent)[-1]
+    if is_newest and not finished:
+        # a stop between writing this one and removing older ones may have left them
+        checkpoint.rotate(path, state.best, config.save_total_limit)
+    return Start((path, state), finished=finished)
 
 
 def refuse_other_inputs(path: Path, state: State, fingerprint: Mapping[str, str]) -> None:

@@ -113,9 +113,14 @@ def write(
         shutil.rmtree(target)
     replace(temporary, target)
     sync(folder)
-    for old in superseded(folder, target, state.best, limit):
-        _remove(old)
+    rotate(target, state.best, limit)
     return target
+
+
+def rotate(newest: Path, best: Best | None, limit: int | None) -> None:
+    """Remove the checkpoints that a new one makes superfluous."""
+    for old in superseded(newest.parent, newest, best, limit):
+        _remove(old)
 
 
 def tidy(folder: Path) -> None:

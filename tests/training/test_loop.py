@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lora_scripts import pipeline
 from lora_scripts.errors import UserError
 from lora_scripts.tasks.diffusion import DiffusionTask
-from lora_scripts.training import loop, steps
+from lora_scripts.training import checkpoint, loop, steps
 from lora_scripts.training.checkpoint import Position
 from tests import runs, toys
 
@@ -202,6 +202,29 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         stream.write('{"step": 8, "epo')  # torn
     runs.run(sd_folder, pictures, tmp_path / "parts", **options)
     assert_same_run(whole, parts)
+
+
+def test_a_stop_before_the_last_rotation_leaves_no_old_checkpoint(
+    sd_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stands at its end then and writes no further checkpoint that would rotate."""
+    options: dict[str, Any] = {"save_steps": 2, "save_total_limit": 1}
+
+    def killed(path: Path) -> None:
+        if path.name == "step-000004":
+            raise KeyboardInterrupt
+        removed(path)
+
+    removed = checkpoint._remove
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(sd_folder, pictures, tmp_path, **options)
+    folder = tmp_path / "output/toy/checkpoints"
+    assert [path.name for path in checkpoint.listed(folder)] == ["step-000004", "step-000006"]
+    runs.run(sd_folder, pictures, tmp_path, **options)
+    assert [path.name for path in checkpoint.listed(folder)] == ["step-000006"]
+    assert (tmp_path / "output/toy/toy.safetensors").is_file()
 
 
 def test_more_epochs_go_on_from_a_finished_run(

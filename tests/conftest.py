@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_scripts.models.kinds import Family
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # several processes at once: threads that wait for each other would slow all of them down
@@ -19,6 +21,15 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import toys
 
     return toys.save_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
+    """A toy model of each family as a diffusers folder."""
+    from tests import toys
+
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: save(folder / name) for name, (save, _) in toys.FAMILIES.items()}
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lora_scripts import convert_image
@@ -34,17 +34,6 @@ from tests.models.ldm_toy import ldm_tensors, sd2_tensors, sdxl_tensors, toy_mod
 CPU = Compute(torch.device("cpu"), "no")
 EPSILON = {"modelspec.prediction_type": "epsilon"}
 WIDTHS = {"sd1": TOY, "sd2": TOY_2, "sdxl": TOY_XL}
-SAVED: Mapping[Family, tuple[Callable[[Path], Path], Any]] = {
-    "sd1": (toys.save_stable_diffusion, StableDiffusionPipeline),
-    "sd2": (toys.save_stable_diffusion_2, StableDiffusionPipeline),
-    "sdxl": (toys.save_sdxl, StableDiffusionXLPipeline),
-}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {name: save(folder / name) for name, (save, _) in SAVED.items()}
 
 
 def family_of(base: Path, prediction: Any = "auto") -> ImageFamily:
@@ -102,7 +91,7 @@ def by_diffusers(base: Path, pipeline_class: Any, file: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_into_diffusers_layout_and_back(
     bases: dict[Family, Path], tmp_path: Path, name: Family, dora: bool
 ) -> None:
@@ -113,7 +102,7 @@ def test_into_diffusers_layout_and_back(
     back = write("webui", there, output=tmp_path / "b.safetensors")
     expected = probe(base, Adapter(first, 1.0))
     assert (expected - probe(base)).abs().max() > 0.01
-    found = by_diffusers(base, SAVED[name][1], there)
+    found = by_diffusers(base, toys.FAMILIES[name][1], there)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     one, two = load_file(first), load_file(back)
     assert one.keys() == two.keys()
@@ -209,7 +198,7 @@ def update(layer: AdaptedLayer) -> torch.Tensor:
 # --- merged ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_merged_it_is_a_plain_folder_for_diffusers(
     bases: dict[Family, Path], tmp_path: Path, name: Family
 ) -> None:
@@ -222,7 +211,7 @@ def test_merged_it_is_a_plain_folder_for_diffusers(
     expected = probe(base, *loras)
     assert (expected - probe(base)).abs().max() > 0.01
     torch.testing.assert_close(probe(output), expected, rtol=1e-4, atol=1e-4)
-    SAVED[name][1].from_pretrained(str(output), local_files_only=True)
+    toys.FAMILIES[name][1].from_pretrained(str(output), local_files_only=True)
     names = [key for file in output.rglob("*.safetensors") for key in read_header(file)]
     assert names and not any("lora" in key or "base_layer" in key for key in names)
     assert not list(tmp_path.glob(".*"))
@@ -235,7 +224,7 @@ def checkpoint(path: Path, name: Family, metadata: Mapping[str, str] = EPSILON) 
     return path
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_merged_it_is_one_checkpoint(tmp_path: Path, name: Family) -> None:
     base = checkpoint(tmp_path / "base.safetensors", name)
     file = lora(tmp_path / "a.safetensors", base)

@@ -7,13 +7,11 @@ give the trained model, and the LoRA must have changed it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from lora_scripts.device import Compute
 from lora_scripts.models import lora, lora_file
@@ -27,22 +25,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "all": {"lora_targets": "all"},
     "text encoders": {"train_text_encoder": True, "lora_targets": "linear"},
 }
-SAVED: Mapping[str, tuple[Callable[[Path], Path], Any]] = {
-    "sd1": (toys.save_stable_diffusion, StableDiffusionPipeline),
-    "sd2": (toys.save_stable_diffusion_2, StableDiffusionPipeline),
-    "sdxl": (toys.save_sdxl, StableDiffusionXLPipeline),
-}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {name: save(folder / name) for name, (save, _) in SAVED.items()}
 
 
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
-@pytest.mark.parametrize("family", SAVED)
+@pytest.mark.parametrize("family", toys.FAMILIES)
 def test_the_files_of_a_run_give_the_trained_model(
     bases: dict[str, Path], pictures: Path, tmp_path: Path, family: str, kind: str, layers: str
 ) -> None:
@@ -55,7 +42,7 @@ def test_the_files_of_a_run_give_the_trained_model(
     assert record["largest_difference_after_reload"] < 1e-4
     bare = family_of(bases[family]).probe()
     ours = with_our_reader(bases[family], output / "toy.safetensors").probe()
-    theirs = with_diffusers(bases[family], output, SAVED[family][1])
+    theirs = with_diffusers(bases[family], output, toys.FAMILIES[family][1])
     assert (ours - bare).abs().max() > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+from lora_scripts.models.kinds import Family
 
 WIDTH = 32  # of the text states
 WIDTH_2 = 48  # of those of SDXL's second text encoder
@@ -182,6 +185,14 @@ def _save_pipeline(folder: Path, parts: dict[str, Any]) -> Path:
     )
     pipeline.save_pretrained(str(folder))
     return folder
+
+
+# family -> how a toy of it is saved, and diffusers' pipeline that reads it
+FAMILIES: Mapping[Family, tuple[Callable[[Path], Path], Any]] = {
+    "sd1": (save_stable_diffusion, StableDiffusionPipeline),
+    "sd2": (save_stable_diffusion_2, StableDiffusionPipeline),
+    "sdxl": (save_sdxl, StableDiffusionXLPipeline),
+}
 
 
 def save_pictures(folder: Path, count: int = 6, side: int = 64, seed: int = 0) -> Path:

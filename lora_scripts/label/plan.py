@@ -91,11 +91,12 @@ def plan(job: Job) -> Plan:
     """
     overwrite = job.request.overwrite
     there = job.target.read()
-    wanted = [name for name in job.names if overwrite or not there.get(key(name), "").strip()]
     before = {} if overwrite and job.journal.is_of_another() else _by_name(job.journal)
-    made = {name: before[name] for name in wanted if name in before}
-    made = {name: each for name, each in made.items() if _is_unchanged(job, each)}
-    return Plan(there, made, [name for name in wanted if name not in made])
+    lacking = [n for n in job.listing.images if overwrite or not there.get(key(n), "").strip()]
+    # also of sub-folders, which a run with --recursive may have captioned: nothing made is lost
+    made = {n: before[n] for n in lacking if n in before and _is_unchanged(job, before[n])}
+    named = set(job.names)
+    return Plan(there, made, [name for name in lacking if name in named and name not in made])
 
 
 def remarks(job: Job, there: Mapping[str, str]) -> Iterator[str]:

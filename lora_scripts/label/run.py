@@ -131,7 +131,7 @@ def _kept(job: Job, made: Made) -> str:
 
 def _store(job: Job, made: Mapping[str, Made]) -> dict[str, str]:
     """Write the captions file, read it back, remove the journal. All captions, by `rows.key`."""
-    kept = {name: _kept(job, made[name]) for name in job.names if name in made}
+    kept = {name: _kept(job, made[name]) for name in job.listing.images if name in made}
     captions = {name: worded(text, job.request.wording) for name, text in kept.items()}
     try:
         if captions:

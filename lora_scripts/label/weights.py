@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.models.header import read_header
+from lora_scripts.models.header import check_headers
 from lora_scripts.models.json_file import read_json
 from lora_scripts.models.text_signature import missing_weights
 
@@ -163,11 +163,4 @@ def _check_safetensors(path: Path) -> None:
     missing = missing_weights(path)
     if missing:
         raise user_error(str(path), f"there is no {', '.join(missing[:5])}")
-    problems = []
-    for file in files:
-        try:
-            read_header(file)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
+    check_headers(files)

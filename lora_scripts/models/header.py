@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lora_scripts.errors import user_error
+from lora_scripts.errors import UserError, user_error
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _FIRST_BYTES = (
@@ -35,6 +36,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         UserError: The file is empty, is no safetensors file, is damaged or was cut short.
     """
     return _read(path)[0]
+
+
+def check_headers(paths: Sequence[Path]) -> None:
+    """See that files are whole .safetensors files.
+
+    Raises:
+        UserError: naming every one that is not.
+    """
+    problems = []
+    for path in paths:
+        try:
+            read_header(path)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

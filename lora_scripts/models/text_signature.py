@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_scripts.errors import UserError, user_error
+from lora_scripts.errors import user_error
 from lora_scripts.models import gguf_header
-from lora_scripts.models.header import read_header
+from lora_scripts.models.header import check_headers
 from lora_scripts.models.json_file import read_json
 
 Layout = Literal["transformers", "gguf", "chatglm"]
@@ -140,14 +140,7 @@ def _check_weights(path: Path, layout: Layout) -> None:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         what = f"there is no {', '.join(missing[:5])}{more}; fetch the folder whole"
         raise user_error(str(path), what)
-    problems = []
-    for file in files:
-        try:
-            read_header(file)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
+    check_headers(files)
 
 
 def missing_weights(path: Path) -> list[str]:

@@ -382,6 +382,17 @@ def test_a_torn_journal(folder: Path, blip: Path, cut: int) -> None:
     assert texts[whole : whole + seconds] == ["of the second run"] * seconds
 
 
+def test_nothing_made_in_sub_folders_is_lost(folder: Path, blip: Path) -> None:
+    """Stopped with --recursive, finished without."""
+    (folder / "0").mkdir()
+    for name, picture in zip(("f", "g"), toys.pictures(2, seed=9), strict=True):
+        picture.save(folder / "0" / f"{name}.jpg")
+    stop(folder, blip, after=6, recursive=True)
+    label_with(folder, blip, again)
+    assert captions(folder)["0/f.jpg"] == "of the first run"
+    assert not list(folder.glob("*.unfinished"))
+
+
 def test_a_file_that_is_no_journal_is_not_touched(folder: Path, blip: Path) -> None:
     (folder / "metadata.csv.unfinished").write_text("my notes\n", encoding="utf-8")
     for overwrite in (False, True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,6 @@ from tests import lora_toys, toys
 from tests.lora_toys import Layers
 
 CPU = Compute(torch.device("cpu"), "no")
-SAVED: dict[str, Callable[[Path], Path]] = {
-    "sd1": toys.save_stable_diffusion,
-    "sd2": toys.save_stable_diffusion_2,
-    "sdxl": toys.save_sdxl,
-}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {name: save(folder / name) for name, save in SAVED.items()}
 
 
 def family_of(base: Path) -> ImageFamily:
@@ -49,7 +37,7 @@ def same(found: torch.Tensor, expected: torch.Tensor, bare: torch.Tensor) -> Non
 
 
 @pytest.mark.parametrize("original", [False, True])
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_kohyas_names_with_diffusers_and_with_original_blocks(
     bases: dict[str, Path], tmp_path: Path, name: str, original: bool
 ) -> None:
@@ -60,7 +48,7 @@ def test_kohyas_names_with_diffusers_and_with_original_blocks(
     same(probe_with(bases[name], file), lora_toys.probe_of(family, layers), bare)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_the_mixture_of_diffusers_scripts(
     bases: dict[str, Path], tmp_path: Path, name: str
 ) -> None:

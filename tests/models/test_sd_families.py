@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_scripts.device import Compute
@@ -19,18 +18,7 @@ from lora_scripts.tasks import build
 from tests import runs, toys
 
 CPU = Compute(torch.device("cpu"), "no")
-SAVED: Mapping[str, tuple[Callable[[Path], Path], Any]] = {
-    "sd1": (toys.save_stable_diffusion, StableDiffusionPipeline),
-    "sd2": (toys.save_stable_diffusion_2, StableDiffusionPipeline),
-    "sdxl": (toys.save_sdxl, StableDiffusionXLPipeline),
-}
 LONG = "a " * 100  # two parts
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {name: save(folder / name) for name, (save, _) in SAVED.items()}
 
 
 def load(base: Path, **options: Any) -> Any:
@@ -47,9 +35,9 @@ def drawn(family: ImageFamily, request: DrawRequest) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("negative", ["", "blurry"])
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_draws_what_diffusers_draws(bases: dict[str, Path], name: str, negative: str) -> None:
-    pipeline = SAVED[name][1].from_pretrained(str(bases[name]))
+    pipeline = toys.FAMILIES[name][1].from_pretrained(str(bases[name]))
     expected = pipeline(
         "a cat", negative_prompt=negative or None, width=64, height=48, num_inference_steps=3,
         guidance_scale=5.0, generator=torch.Generator().manual_seed(3), output_type="latent",
@@ -58,13 +46,13 @@ def test_draws_what_diffusers_draws(bases: dict[str, Path], name: str, negative:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_a_picture_is_decoded_as_diffusers_does(bases: dict[str, Path], name: str) -> None:
     import numpy as np
 
     family = load(bases[name])
     latents_BCHW = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    pipeline = SAVED[name][1].from_pretrained(str(bases[name]))
+    pipeline = toys.FAMILIES[name][1].from_pretrained(str(bases[name]))
     pixels = pipeline.vae.decode(latents_BCHW / pipeline.vae.config.scaling_factor).sample.detach()
     expected = np.asarray(pipeline.image_processor.postprocess(pixels)[0], np.int16)
     found = np.asarray(latents.decode(family.vae, latents_BCHW), np.int16)
@@ -94,7 +82,7 @@ def test_clip_skip_counts_as_in_webui(
     tmp_path: Path, name: str, clip_skip: int, diffusers_skip: int | None
 ) -> None:
     """Without guidance: diffusers does not skip layers for the negative prompt."""
-    save, pipeline_class = SAVED[name]
+    save, pipeline_class = toys.FAMILIES[name]
     base = deepen(save(tmp_path), name)
     pipeline = pipeline_class.from_pretrained(str(base))
     if name != "sdxl":  # diffusers 0.42 looks for a level that transformers 5 took away
@@ -134,13 +122,13 @@ def test_sdxls_own_last_layer_is_to_be_had(tmp_path: Path) -> None:
     assert not torch.equal(found["embedding"], own.encode_prompt("a cat")["embedding"])
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_a_clip_skip_past_the_first_layer_is_refused(bases: dict[str, Path], name: str) -> None:
     with pytest.raises(UserError, match=r"clip_skip: found 3, but .* has 2 layers; write a number"):
         load(bases[name], clip_skip=3)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_parts_of_a_long_prompt_are_encoded_alone_and_laid_end_to_end(
     bases: dict[str, Path], name: str
 ) -> None:
@@ -155,7 +143,7 @@ def test_parts_of_a_long_prompt_are_encoded_alone_and_laid_end_to_end(
     assert len(cut["embedding"]) == 77
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_a_short_caption_beside_a_long_one_acts_as_it_does_alone(
     bases: dict[str, Path], name: str
 ) -> None:
@@ -178,7 +166,7 @@ def test_a_short_caption_beside_a_long_one_acts_as_it_does_alone(
         assert (without[0] - found[0]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_cached_and_live_prompts_are_the_same(bases: dict[str, Path], name: str) -> None:
     family = load(bases[name], max_caption_tokens=150)
     prompts = ["a cat", LONG, ""]
@@ -190,7 +178,7 @@ def test_cached_and_live_prompts_are_the_same(bases: dict[str, Path], name: str)
         torch.testing.assert_close(live[key], cached[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_long_prompts_are_drawn_with_the_negative_filled_up(
     bases: dict[str, Path], name: str
 ) -> None:
@@ -202,7 +190,7 @@ def test_long_prompts_are_drawn_with_the_negative_filled_up(
     if name == "sdxl":
         given["pooled_prompt_embeds"] = wanted["pooled"][None]
         given["negative_pooled_prompt_embeds"] = one["pooled"][None]
-    expected = SAVED[name][1].from_pretrained(str(bases[name]))(
+    expected = toys.FAMILIES[name][1].from_pretrained(str(bases[name]))(
         **given, width=64, height=64, num_inference_steps=2, guidance_scale=4.0,
         generator=torch.Generator().manual_seed(1), output_type="latent",
     ).images  # fmt: skip
@@ -227,7 +215,7 @@ def test_sdxl_is_told_of_size_and_cut_in_diffusers_order(bases: dict[str, Path])
 
 
 def test_header_fields_name_the_family(bases: dict[str, Path]) -> None:
-    found = {name: load(bases[name]).metadata() for name in SAVED}
+    found = {name: load(bases[name]).metadata() for name in toys.FAMILIES}
     fields = ("ss_base_model_version", "ss_v2", "modelspec.architecture")
     assert {name: [values[field] for field in fields] for name, values in found.items()} == {
         "sd1": ["sd_v1", "False", "stable-diffusion-v1/lora"],
@@ -257,7 +245,7 @@ def test_text_encoders_have_the_level_text_model_once(
     assert all(found.count("text_model_") == 1 for found in names)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_checkpointing_gives_the_same_gradients_to_every_adapter(
     bases: dict[str, Path], name: str
 ) -> None:
@@ -293,7 +281,7 @@ def gradients(family: Any) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_hashes_depend_on_how_prompts_are_read(bases: dict[str, Path], name: str) -> None:
     plain = load(bases[name])
     ids = [
@@ -304,10 +292,10 @@ def test_hashes_depend_on_how_prompts_are_read(bases: dict[str, Path], name: str
     assert load(bases[name]).text_encoder_id == plain.text_encoder_id
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_another_vae_encodes_and_draws(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     torch.manual_seed(9)
-    other: Any = SAVED[name][1].from_pretrained(str(bases[name])).vae
+    other: Any = toys.FAMILIES[name][1].from_pretrained(str(bases[name])).vae
     for parameter in other.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     other.save_pretrained(str(tmp_path / "vae"))
@@ -325,7 +313,7 @@ def test_another_vae_encodes_and_draws(bases: dict[str, Path], tmp_path: Path, n
     assert family.draw(request).tobytes() != own.draw(request).tobytes()
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", toys.FAMILIES)
 def test_in_bf16_the_encoders_stay_float32_and_all_is_computed(
     bases: dict[str, Path], name: str
 ) -> None:

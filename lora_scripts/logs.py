@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_scripts.errors import shown
+
 PACKAGE = "lora_scripts"
+
+
+class _Format(logging.Formatter):
+    """What is said, without what nobody should see in a log or a terminal would act on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 class _ConsoleFormat(logging.Formatter):
     """The bare message; a warning says that it is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
+        message = shown(super().format(record))
         return f"Warning: {message}" if record.levelno >= logging.WARNING else message
 
 
@@ -32,6 +42,18 @@ def set_up_console() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    _quiet_threads()
+
+
+def _quiet_threads() -> None:
+    """A file that a thread cannot write (TensorBoard's) is told once, by who waits for it."""
+    usual = threading.excepthook
+
+    def show(thread: threading.ExceptHookArgs) -> None:
+        if not issubclass(thread.exc_type, OSError):
+            usual(thread)
+
+    threading.excepthook = show
 
 
 def quiet_libraries() -> None:
@@ -66,7 +88,7 @@ def silent() -> Iterator[None]:
 def file_log(path: Path) -> Iterator[None]:
     """Within this context everything said is also written to `path`, with time and level."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Format("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(PACKAGE)
     logger.addHandler(handler)
     try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_scripts import markdown
 from lora_scripts.files import write_text
 from lora_scripts.schema import Config, ImageConfig
 from lora_scripts.training.log import read_metrics
@@ -28,10 +29,11 @@ def write(config: Config, config_name: str, record: Mapping[str, Any], usage: st
 def _card(config: Config, config_name: str, record: Mapping[str, Any], usage: str) -> str:
     losses = record["held_out_loss"]
     word = config.trigger_word if isinstance(config, ImageConfig) else None
-    trigger = f"\nTrigger word: `{word}`\n" if word else ""
-    return f"""# {config.output_name}
+    trigger = f"\nTrigger word: {markdown.code(word)}\n" if word else ""
+    command = markdown.code(f"python train.py --config {config_name}")
+    return f"""# {markdown.words(config.output_name)}
 
-A LoRA for `{config.base_model}`, made by lora-scripts.
+A LoRA for {markdown.code(config.base_model)}, made by lora-scripts.
 {trigger}
 ## Use
 
@@ -39,27 +41,31 @@ A LoRA for `{config.base_model}`, made by lora-scripts.
 
 ## Training
 
-`python train.py --config {config_name}` (every key as it was: `config.yaml`)
+{command} (every key as it was: `config.yaml`)
 
 | | |
 |---|---|
-| data | {record["data"]} |
+| data | {markdown.words(record["data"])} |
 | trainable | {record["trainable"]} |
 | kind, rank, alpha | {KINDS[config.lora_type]}, {config.lora_rank}, {config.lora_alpha:g} |
-| layers | {_layers(config)} |
+| layers | {markdown.words(_layers(config))} |
 | steps | {_steps(record)} |
 | learning rate | {config.learning_rate:g}, {config.lr_scheduler} |
-| batch | {config.batch_size} × {config.gradient_accumulation_steps} accumulated |
+| batch | {config.micro_batch} × {config.gradient_accumulation_steps} accumulated |
 | held-out loss, first → last | {losses["first"]:.5f} → {losses["last"]:.5f} |
 | device, precision | {record["device"]}, {record["precision"]} |
 | this run took | {record["seconds"]:.0f} s |
 
 ![loss](loss.svg)
-
+{_finding(record)}
 ## Samples
 
 {_samples(config.output_dir) or "No `sample_prompts` were configured."}
 """
+
+
+def _finding(record: Mapping[str, Any]) -> str:
+    return f"\n**{markdown.words(record['finding'])}.**\n" if record["finding"] else ""
 
 
 def _layers(config: Config) -> str:
@@ -87,8 +93,7 @@ def _shown(path: Path) -> str:
     if path.suffix == ".png":
         return f"![{path.name}](samples/{path.name})"
     text = path.read_text(encoding="utf-8").strip()
-    quoted = "\n".join(f"> {line}" for line in text.splitlines())
-    return f"`{path.stem}`\n\n{quoted}\n"
+    return f"{markdown.code(path.stem)}\n\n{markdown.block(text)}\n"
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> str:

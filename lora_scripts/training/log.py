@@ -26,8 +26,10 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from lora_scripts.errors import WorkError
 from lora_scripts.files import write_text
 from lora_scripts.run_files import METRICS
+from lora_scripts.training.health import LONG, Losses
 from lora_scripts.training.nonfinite import SKIPPED
 
 logger = logging.getLogger(__name__)
@@ -41,12 +43,15 @@ class RunLog:
     What an interrupted run had written after that step is cut off, so that no step stands twice.
     """
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
+    def __init__(self, folder: Path, first_step: int, total_steps: int, *, held_out: bool) -> None:
         self.folder = folder
         self.metrics_path = folder / METRICS
         # a run that begins anew writes step 0, too, which one that goes on has behind it
         first_kept = first_step + 1 if first_step else 0
         cut_back(self.metrics_path, first_kept)
+        is_there = self.metrics_path.is_file()
+        self._losses = losses_of(folder, held_out=held_out) if is_there else Losses(held_out)
+        self._said: set[str] = set()
         self._metrics = self.metrics_path.open("a", encoding="utf-8", newline="\n")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_kept)
         self._bar = Progress(
@@ -94,6 +99,9 @@ class RunLog:
         `tallies` are counts since the start of the run (tokens, say); their rates are shown.
         """
         self._write({"step": step, **numbers, **tallies})
+        self._losses.add(step, numbers["loss"])
+        if step % LONG == 0:
+            self._say_finding()
         for name, number in numbers.items():
             if name not in COUNTED:
                 self._board.add_scalar(f"train/{name}", number, step)
@@ -124,6 +132,15 @@ class RunLog:
         self._write({"step": step, "eval_loss": eval_loss})
         self._board.add_scalar("eval/loss", eval_loss, step)
         logger.info("step %d: held-out loss %.5f", step, eval_loss)
+        self._losses.measure(step, eval_loss)
+        self._say_finding()
+
+    def _say_finding(self) -> None:
+        """Once each: that the run diverges, that it overfits."""
+        found = self._losses.finding()
+        if found is not None and found.kind not in self._said:
+            self._said.add(found.kind)
+            logger.warning("%s", found.text)
 
     def histograms(self, step: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """The distribution of the gradients of every adapter matrix."""
@@ -160,12 +177,31 @@ class RunLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     text = (folder / METRICS).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    # by line ends alone: a text may hold what Python takes for others
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def losses_of(folder: Path, *, held_out: bool) -> Losses:
+    """What a run's metrics.jsonl says so far."""
+    losses = Losses(held_out)
+    for row in read_metrics(folder):
+        if row.get("loss") is not None:
+            losses.add(row["step"], row["loss"])
+        elif row.get("eval_loss") is not None:
+            losses.measure(row["step"], row["eval_loss"])
+    return losses
 
 
 def held_out_losses(folder: Path) -> dict[str, float]:
-    """The first and the last held-out loss of a run."""
+    """The first and the last held-out loss of a run.
+
+    Raises:
+        WorkError: if its metrics.jsonl holds none any more.
+    """
     losses = [row["eval_loss"] for row in read_metrics(folder) if "eval_loss" in row]
+    if not losses:
+        what = "holds no measurement any more: was it emptied or removed while the run stood still?"
+        raise WorkError(f"{folder / METRICS} {what} Put it back, or start anew with resume=never")
     return {"first": losses[0], "last": losses[-1]}
 
 
@@ -173,12 +209,18 @@ def cut_back(metrics_path: Path, first_dropped: int) -> None:
     """Drop the rows of metrics.jsonl from step `first_dropped` on, a torn last row included."""
     if not metrics_path.is_file():
         return
-    kept = []
-    for line in metrics_path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the row that was being written when the run was stopped
-            continue
-        if row["step"] < first_dropped:
-            kept.append(line)
+    lines = metrics_path.read_bytes().split(b"\n")
+    kept = [line.decode("utf-8") for line in lines if _is_row_before(line, first_dropped)]
     write_text(metrics_path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_row_before(line: bytes, step: int) -> bool:
+    """Whether a line is a row of a run, whole and with numbers only, of an earlier step."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):  # the row that was being written when the run was stopped
+        return False
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return False
+    numbers = all(value is None or isinstance(value, int | float) for value in row.values())
+    return numbers and int(row["step"]) < step

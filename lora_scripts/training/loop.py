@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import logging
-import re
 import signal
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-
 from lora_scripts.device import Compute
-from lora_scripts.models import lora
-from lora_scripts.randomness import seed_of
 from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Key, Task
-from lora_scripts.training import checkpoint, nonfinite, optim, steps
-from lora_scripts.training.averaging import PREFIX, Average
+from lora_scripts.training import checkpoint, nonfinite, steps
 from lora_scripts.training.checkpoint import Best, Position, State
-from lora_scripts.training.evaluate import held_out_loss, to_device
+from lora_scripts.training.clock import Clock
+from lora_scripts.training.evaluate import held_out_loss
+from lora_scripts.training.learner import Learner
 from lora_scripts.training.log import RunLog
 from lora_scripts.training.steps import Step
 
 logger = logging.getLogger(__name__)
-
-TOTAL_SCALE = 2.0**-7  # keeps an fp16 backward of a sum over many items from overflowing
-BLOCK = re.compile(r".*?\.\d+(?=\.)")  # a path up to its first number
 
 
 @dataclass(frozen=True)
@@ -45,6 +35,7 @@ class Outcome:
     best: Best | None
     exported: Position  # what the adapters on the model are: the last step, or the best
     skipped: int  # steps left out because their loss was no number
+    clock: Clock
 
 
 def train(
@@ -65,175 +56,85 @@ def train(
     Raises:
         WorkError: if the loss or a gradient is not finite.
     """
-    by_component = {name: lora.trainable(module) for name, module in task.adapted.items()}
-    parameters = trained_parameters(task)
-    optimizer = optim.make(by_component, task.learning_rates, config)
-    peaks = [task.learning_rates[component] for component in by_component]
-    average = Average(parameters, config.ema_decay)
-    scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-    position = Position()
-    if start is not None:
-        average.load(checkpoint.unpack(*start, parameters, optimizer))
-        scaler.load_state_dict(dict(start[1].scaler))
-        position = start[1].position
-    best = start[1].best if start else None
-    tallies = Counter(start[1].tallies if start else {})
     total_steps = steps.count(task, config)
+    learner = Learner(task, config, compute, total_steps, start)
+    clock = Clock()
 
-    def save(position: Position, *, passing: bool) -> None:
+    def save(*, passing: bool) -> None:
         log.flush()
-        tensors, numbers = checkpoint.pack(parameters, optimizer)
-        tensors |= average.tensors()
-        state = State(
-            position=position,
-            best=best,
-            tallies=dict(tallies),
-            passing=passing,
-            total_steps=total_steps,
-            precision=compute.precision,
-            scaler=scaler.state_dict(),
-            optimizer=numbers,
-            config=config.model_dump(mode="json"),
-            fingerprint=task.fingerprint,
-        )
-        with average.shown():
+        state, tensors = learner.packed(passing=passing)
+        with clock.time("checkpoint"), learner.average.shown():
             path = checkpoint.write(
                 folder / CHECKPOINTS,
                 state,
                 tensors,
-                lambda target: write_adapter(target, position),
+                lambda target: write_adapter(target, learner.position),
                 config.save_total_limit,
             )
-        logger.info("step %d: checkpoint %s", position.step, path)
+        logger.info("step %d: checkpoint %s", learner.position.step, path)
 
-    def look(step: int, *, sampling: bool, measuring: bool) -> float | None:
+    def look(*, sampling: bool, measuring: bool) -> float | None:
+        step, loss = learner.position.step, None
         switch(task, training=False)
-        with average.shown():
-            loss = held_out_loss(task, config.seed, compute) if measuring else None
-            if loss is not None:
+        with learner.average.shown():
+            if measuring:
+                with clock.time("evaluation"):
+                    loss = held_out_loss(task, config.seed, compute)
                 log.evaluation(step, loss)
             if sampling:
-                log.samples(step, task.sample(Key(config.seed, "validation", 0)))
+                with clock.time("samples"):
+                    log.samples(step, task.sample(Key(config.seed, "validation", 0)))
         return loss
 
-    with RunLog(folder, position.step, total_steps) as log, stop_signals() as stopped:
-        if position.step == 0:
-            look(0, sampling=True, measuring=True)
-        ended = exhausted(best, config)
-        todo = () if ended else steps.remaining(task, config, position, total_steps)
+    first_step = learner.position.step
+    with (
+        RunLog(folder, first_step, total_steps, held_out=task.held_out) as log,
+        stop_signals() as stopped,
+    ):
+        if first_step == 0:
+            look(sampling=True, measuring=True)
+        done = learner.is_done()
+        todo = () if done else steps.remaining(task, config, learner.position, total_steps)
         for step, batches in steps.prefetched(task, todo):
-            # ---------------------------------------------------------------- the training step
             switch(task, training=True)
-            optim.set_rates(optimizer, peaks, config, step.after.step - 1, total_steps)
-            total = torch.zeros((), device=compute.device)
-            count, seen = 0.0, position.samples
-            for indices, batch in zip(step.micro_batches, batches, strict=True):
-                with seeded_dropout(config, seen, compute), compute.autocast():
-                    loss = task.loss(to_device(batch, compute.device), step.key)
-                torch.autograd.backward(scaler.scale(loss.total * TOTAL_SCALE))
-                total += loss.total.detach()
-                count += loss.count
-                tallies.update(loss.tallies)
-                seen += len(indices)
-            scaler.unscale_(optimizer)
-            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-            torch._foreach_mul_(list(gradients.values()), 1.0 / (count * TOTAL_SCALE))
-            norm, norms = get_total_norm(gradients.values()), group_norms(gradients)
-            found = float(total) / count, float(norm)
-            usable = nonfinite.is_usable(*found, scaler)
-            if usable:
-                if config.max_grad_norm:
-                    clip_grads_with_norm_(parameters.values(), config.max_grad_norm, norm)
-                scaler.step(optimizer)
-            elif nonfinite.skip(step, found, task, config, tallies[nonfinite.SKIPPED]):
-                tallies[nonfinite.SKIPPED] += 1
-            else:
-                raise nonfinite.refuse(step, found, task, parameters, compute)
-            scaler.update()
-            average.update(step.after.step)
-            # ------------------------------------------------------------- noted, looked at, saved
-            position = step.after
-            numbers = {
-                "epoch": step.key.epoch + 1,
-                "loss": found[0],
-                **optim.noted_rates(optimizer, list(by_component)),
-                "grad_norm": found[1],
-                "samples": position.samples,
-            }
-            log.step(position.step, numbers, tallies, norms)
-            if usable and position.step % config.histogram_steps == 0:
-                log.histograms(position.step, gradients)
-            optimizer.zero_grad(set_to_none=True)
-            last = position.step == total_steps
+            with clock.time("step"):
+                taken = learner.take(step, batches)
+                number = learner.position.step
+                log.step(number, taken.numbers, learner.tallies, taken.norms)
+                if taken.usable and number % config.histogram_steps == 0:
+                    log.histograms(number, taken.gradients)
+                learner.clear()
+            last = number == total_steps
             measured = look(
-                position.step,
-                sampling=last or position.step % config.sample_steps == 0,
-                measuring=last or position.step % config.eval_steps == 0,
+                sampling=last or number % config.sample_steps == 0,
+                measuring=last or number % config.eval_steps == 0,
             )
             if measured is not None and task.held_out:
-                best = checkpoint.judged(best, position.step, measured)
-            last = last or exhausted(best, config)
-            planned = last or stopped.is_set() or due(config, step)
-            if planned or (best and best.step == position.step):
-                save(position, passing=not planned)
-            if last or stopped.is_set():
+                learner.best = checkpoint.judged(learner.best, number, measured)
+            done = learner.is_done()
+            planned = done or due(config, step)
+            is_best = learner.best is not None and learner.best.step == number
+            if planned or is_best or stopped.is_set():
+                save(passing=not planned)
+            if done or stopped.is_set():
                 break
     switch(task, training=False)
-    exported, interrupted = position, position.step < total_steps and not exhausted(best, config)
-    average.take()
-    if config.early_stopping_patience and best and not interrupted:
-        kept = PREFIX if config.ema_decay else checkpoint.ADAPTER
-        exported = checkpoint.go_back(folder / CHECKPOINTS, best, parameters, kept)
-    skipped = tallies[nonfinite.SKIPPED]
-    return Outcome(position, total_steps, interrupted, best, exported, skipped)
-
-
-def trained_parameters(task: Task) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by component and path, in the order that a checkpoint keeps."""
-    return {
-        f"{component}.{name}": parameter
-        for component, module in task.adapted.items()
-        for name, parameter in lora.trainable(module).items()
-    }
+    interrupted = not learner.is_done()
+    return Outcome(
+        learner.position,
+        total_steps,
+        interrupted,
+        learner.best,
+        learner.settle(folder / CHECKPOINTS, interrupted=interrupted),
+        learner.tallies[nonfinite.SKIPPED],
+        clock,
+    )
 
 
 def switch(task: Task, *, training: bool) -> None:
     """Dropout on or off."""
     for module in task.adapted.values():
         module.train(training)
-
-
-def exhausted(best: Best | None, config: Config) -> bool:
-    """Whether the held-out loss has not fallen for as long as the config waits."""
-    patience = config.early_stopping_patience
-    return bool(patience and best and best.waited >= patience)
-
-
-def seeded_dropout(
-    config: Config, samples_seen: int, compute: Compute
-) -> AbstractContextManager[None]:
-    """LoRA dropout reads the global generator: seed it by the samples seen, and leave no trace."""
-    if not config.lora_dropout:
-        return nullcontext()
-    return _global_seed(seed_of(config.seed, "dropout", samples_seen), compute)
-
-
-@contextmanager
-def _global_seed(seed: int, compute: Compute) -> Iterator[None]:
-    devices = [compute.device] if compute.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
-def group_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Gradient norms by block of the model, e.g. `unet.down_blocks.0`, `model.model.layers.7`."""
-    groups: dict[str, list[torch.Tensor]] = {}
-    for name, gradient in gradients.items():
-        block = BLOCK.match(name)
-        groups.setdefault(block[0] if block else name, []).append(gradient)
-    norms = torch.stack([get_total_norm(group) for group in groups.values()]).tolist()
-    return dict(zip(groups, norms, strict=True))
 
 
 def due(config: Config, step: Step) -> bool:

@@ -395,5 +395,5 @@ def test_a_checkpoint_of_a_later_format_is_refused(
     path = output / "checkpoints" / "step-000006" / "state.json"
     state = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(state | {"format_version": 9}), encoding="utf-8")
-    with pytest.raises(UserError, match="has format_version 9; this version reads 1 to 3"):
+    with pytest.raises(UserError, match="has format_version 9; this version reads 1 to 4"):
         runs.run(sd_folder, pictures, tmp_path, epochs=3)

@@ -16,7 +16,7 @@ from lora_scripts.errors import WorkError
 from lora_scripts.tasks.diffusion import DiffusionTask
 from lora_scripts.tasks.language import LanguageTask
 from lora_scripts.tasks.task import Batch, Key, Loss
-from lora_scripts.training import loop, nonfinite
+from lora_scripts.training import nonfinite, optim
 from tests import runs, text_toys
 
 
@@ -73,14 +73,14 @@ def test_a_broken_entry_of_the_cache_is_named(
 def test_a_rate_that_is_too_high_is_told_from_the_matrices(
     sd_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop.optim.set_rates
+    original = optim.set_rates
 
     def poisoned(optimizer: torch.optim.Optimizer, *rest: object) -> None:
         original(optimizer, *rest)  # type: ignore[arg-type]
         with torch.no_grad():
             optimizer.param_groups[0]["params"][0].fill_(float("inf"))
 
-    monkeypatch.setattr(loop.optim, "set_rates", poisoned)
+    monkeypatch.setattr(optim, "set_rates", poisoned)
     with pytest.raises(WorkError, match=r"matrices are not finite any more: the learning_rate"):
         runs.run(sd_folder, pictures, tmp_path)
 

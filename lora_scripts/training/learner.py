@@ -1,0 +1,211 @@
+"""What a training step changes: adapters, optimizer, scaler, average; and how one step is taken."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from lora_scripts.device import Compute
+from lora_scripts.models import lora
+from lora_scripts.randomness import seed_of
+from lora_scripts.schema import Config
+from lora_scripts.tasks.task import Batch, Task
+from lora_scripts.training import checkpoint, nonfinite, optim
+from lora_scripts.training.averaging import PREFIX, Average
+from lora_scripts.training.checkpoint import Best, Position, State
+from lora_scripts.training.evaluate import to_device
+from lora_scripts.training.steps import Step
+
+BLOCK = re.compile(r".*?\.\d+(?=\.)")  # a path up to its first number
+TOTAL_SCALE = 2.0**-7  # keeps an fp16 backward of a sum over many items from overflowing
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One optimizer step that was taken.
+
+    Attributes:
+        numbers: What is noted of it: loss, rates, gradient norm.
+        norms: Of the gradients, by block of the model, before clipping.
+        gradients: By parameter; of a step that was left out as they came.
+        usable: Whether they were used: finite, and not left out.
+    """
+
+    numbers: Mapping[str, float]
+    norms: Mapping[str, float]
+    gradients: Mapping[str, torch.Tensor]
+    usable: bool
+
+
+class Learner:
+    """The state of a run at a position, and the steps that move it on.
+
+    Attributes:
+        position: Where the run stands.
+        best: The lowest held-out loss so far.
+        tallies: What is counted over the run: tokens, steps left out.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: Config,
+        compute: Compute,
+        total_steps: int,
+        start: tuple[Path, State] | None,
+    ) -> None:
+        self.task = task
+        self.config = config
+        self.compute = compute
+        self.total_steps = total_steps
+        by_component = {name: lora.trainable(module) for name, module in task.adapted.items()}
+        self.components = list(by_component)
+        self.parameters = trained_parameters(task)
+        self.optimizer = optim.make(by_component, task.learning_rates, config)
+        self.peaks = [task.learning_rates[component] for component in by_component]
+        self.average = Average(self.parameters, config.ema_decay)
+        fp16 = compute.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)
+        self.position = Position()
+        self.best: Best | None = None
+        self.tallies: Counter[str] = Counter()
+        if start is not None:
+            path, state = start
+            self.average.load(checkpoint.unpack(path, state, self.parameters, self.optimizer))
+            self.scaler.load_state_dict(dict(state.scaler))
+            self.position, self.best = state.position, state.best
+            self.tallies.update(state.tallies)
+
+    def take(self, step: Step, batches: Iterator[Batch]) -> Taken:
+        """Take one optimizer step; `clear` its gradients afterwards.
+
+        Raises:
+            WorkError: if the loss or a gradient is not finite and may not be left out.
+        """
+        optim.set_rates(
+            self.optimizer, self.peaks, self.config, step.after.step - 1, self.total_steps
+        )
+        loss = self._backward(step, batches)
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norm, norms = get_total_norm(gradients.values()), group_norms(gradients)
+        found = loss, float(norm)
+        usable = nonfinite.is_usable(*found, self.scaler)
+        if usable:
+            if self.config.max_grad_norm:
+                clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+            self.scaler.step(self.optimizer)
+        elif nonfinite.skip(step, found, self.task, self.config, self.tallies[nonfinite.SKIPPED]):
+            self.tallies[nonfinite.SKIPPED] += 1
+        else:
+            raise nonfinite.refuse(step, found, self.task, self.parameters, self.compute)
+        self.scaler.update()
+        self.average.update(step.after.step)
+        self.position = step.after
+        numbers = {
+            "epoch": step.key.epoch + 1,
+            "loss": loss,
+            **optim.noted_rates(self.optimizer, self.components),
+            "grad_norm": found[1],
+            "samples": self.position.samples,
+        }
+        return Taken(numbers, norms, gradients, usable and math.isfinite(found[1]))
+
+    def clear(self) -> None:
+        """Let the gradients go."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, step: Step, batches: Iterator[Batch]) -> float:
+        """Gradients of all micro-batches, added up and divided by the global count. The loss."""
+        total = torch.zeros((), device=self.compute.device)
+        count, seen = 0.0, self.position.samples
+        for indices, batch in zip(step.micro_batches, batches, strict=True):
+            with seeded_dropout(self.config, seen, self.compute), self.compute.autocast():
+                loss = self.task.loss(to_device(batch, self.compute.device), step.key)
+            torch.autograd.backward(self.scaler.scale(loss.total * TOTAL_SCALE))
+            total += loss.total.detach()
+            count += loss.count
+            self.tallies.update(loss.tallies)
+            seen += len(indices)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / (count * TOTAL_SCALE))
+        return float(total) / count
+
+    def packed(self, *, passing: bool) -> tuple[State, dict[str, torch.Tensor]]:
+        """What a checkpoint keeps. `passing`: it was not due, but is the best or made at a stop."""
+        tensors, numbers = checkpoint.pack(self.parameters, self.optimizer)
+        state = State(
+            position=self.position,
+            best=self.best,
+            tallies=dict(self.tallies),
+            passing=passing,
+            total_steps=self.total_steps,
+            precision=self.compute.precision,
+            scaler=self.scaler.state_dict(),
+            optimizer=numbers,
+            config=self.config.model_dump(mode="json"),
+            fingerprint=self.task.fingerprint,
+        )
+        return state, tensors | self.average.tensors()
+
+    def is_done(self) -> bool:
+        """Whether all steps are taken, or the held-out loss has not fallen for long enough."""
+        patience = self.config.early_stopping_patience
+        exhausted = bool(patience and self.best and self.best.waited >= patience)
+        return exhausted or self.position.step >= self.total_steps
+
+    def settle(self, folder: Path, *, interrupted: bool) -> Position:
+        """Make the adapters what is exported: the average, or with early stopping the best.
+
+        `folder`: of the checkpoints. Returns where the run stood there.
+        """
+        self.average.take()
+        if not self.config.early_stopping_patience or self.best is None or interrupted:
+            return self.position
+        kept = PREFIX if self.config.ema_decay else checkpoint.ADAPTER
+        return checkpoint.go_back(folder, self.best, self.parameters, kept)
+
+
+def trained_parameters(task: Task) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by component and path, in the order that a checkpoint keeps."""
+    return {
+        f"{component}.{name}": parameter
+        for component, module in task.adapted.items()
+        for name, parameter in lora.trainable(module).items()
+    }
+
+
+def group_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Gradient norms by block of the model, e.g. `unet.down_blocks.0`, `model.model.layers.7`."""
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, gradient in gradients.items():
+        block = BLOCK.match(name)
+        groups.setdefault(block[0] if block else name, []).append(gradient)
+    norms = torch.stack([get_total_norm(group) for group in groups.values()]).tolist()
+    return dict(zip(groups, norms, strict=True))
+
+
+def seeded_dropout(
+    config: Config, samples_seen: int, compute: Compute
+) -> AbstractContextManager[None]:
+    """LoRA dropout reads the global generator: seed it by the samples seen, and leave no trace."""
+    if not config.lora_dropout:
+        return nullcontext()
+    return _global_seed(seed_of(config.seed, "dropout", samples_seen), compute)
+
+
+@contextmanager
+def _global_seed(seed: int, compute: Compute) -> Iterator[None]:
+    devices = [compute.device] if compute.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -134,6 +134,11 @@ def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor
     return (back_LL >= 0) & (back_LL < (window or length))
 
 
+def forget_masks() -> None:
+    """Make masks anew: those made while tensors were imagined only are of no use afterwards."""
+    _seen.cache_clear()
+
+
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """The model with the attention of this name within this context."""

@@ -1,0 +1,303 @@
+"""The memory of a run from shapes alone, before any weight is read."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_scripts.device import Compute
+from lora_scripts.memory import fakes, heap, heaviest, imagined, room
+from lora_scripts.memory.estimate import STEP, Estimate, Phase
+from lora_scripts.memory.heaviest import Pictures
+from lora_scripts.memory.imagined import Trace
+from lora_scripts.memory.optimizers import FLOAT, state_bytes
+from lora_scripts.memory.tracker import bytes_of, tensors_of
+from lora_scripts.models import lora
+from lora_scripts.schema import Config, ImageConfig, TextConfig
+
+# names of phases
+ENCODING, CAPTIONS, SAMPLES = "encoding of the pictures", "encoding of the captions", "samples"
+MB = 10**6
+# Measured, docs/memory.md. Machine code and caches of PyTorch and oneDNN once they compute.
+AT_WORK = {"no": 45 * MB, "bf16": 60 * MB, "fp16": 60 * MB}
+CUDA_CONTEXT = 600 * MB  # of a process on the card before its first tensor
+CUDA_LIBRARIES = 1200 * MB  # in RAM
+CARD_GAPS = 0.08  # of what is alive, lost between blocks in PyTorch's allocator
+
+
+def foretell(config: Config, rows: Sequence[tuple[Any, Any]], compute: Compute) -> Estimate:
+    """What a run will hold in memory. No weight is read and none made: the model has only shapes.
+
+    Rows of text are tokenised (into the run's cache), as the longest micro-batch decides.
+
+    Args:
+        config: Checked, with a number for `batch_size`.
+        rows: As `preflight.inputs` gives them.
+        compute: As the run will have it; the device need not be there.
+
+    Raises:
+        UserError: if base model or data cannot be taken, as `tasks.build` would.
+    """
+    match config:
+        case ImageConfig():
+            found = _images(config, rows, compute)
+        case TextConfig():
+            found = _texts(config, rows, compute)
+    gc.collect()  # modules and their hooks hold each other
+    heap.give_back()
+    return _estimate(found, config, compute, room.resident())
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the shapes tell, in bytes.
+
+    Attributes:
+        batch: The heaviest micro-batch in words.
+        weights: By part, as they are held.
+        files: Of each part, what its files add while they are read.
+        on_card: The parts that lie on a card, if there is one.
+        adapters: The trained parameters by name, for their shapes.
+        step: A micro-step.
+        passes: Further phases by name, with what comes and goes in them.
+    """
+
+    batch: str
+    weights: Mapping[str, int]
+    files: Mapping[str, int]
+    on_card: Sequence[str]
+    adapters: Mapping[str, torch.Tensor]
+    step: Trace
+    passes: Mapping[str, Trace]
+
+
+def _images(config: ImageConfig, rows: Sequence[tuple[Any, Any]], compute: Compute) -> Found:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = fakes.images(config, compute)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes.pretend(fake.parts.values(), mode)
+    batch, largest = heaviest.of_pictures(rows, config, fake.family.pixel_multiple)
+    text_too = config.train_text_encoder or config.shuffle_tags or config.tag_dropout > 0
+    pixels_too = config.cache_latents is False or (
+        config.cache_latents == "auto" and config.random_crop
+    )
+    step = imagined.image_step(fake, batch, config, compute, mode, text_too=text_too)
+    passes = {ENCODING: imagined.encode_picture(fake, largest, mode)}
+    for prompt in config.sample_prompts:
+        side = config.resolution
+        asked = Pictures(1, prompt.width or side, prompt.height or side, batch.parts)
+        drawn = imagined.draw_picture(fake, asked, compute, mode)
+        passes[SAMPLES] = max(drawn, passes.get(SAMPLES, drawn), key=lambda trace: trace.peak)
+    weights = {name: _frozen_bytes(part) for name, part in fake.parts.items()}
+    dtypes = {name: compute.dtype if name == "unet" else torch.float32 for name in weights}
+    encoders = ["vae"] * pixels_too + [n for n in weights if n.startswith("text")] * text_too
+    return Found(
+        batch=str(batch),
+        weights=weights,
+        files={n: _mapped(fake.files[n], dtypes[n]) for n in weights},
+        on_card=["unet", *encoders],
+        adapters=_adapters(fake.parts),
+        step=step,
+        passes=passes,
+    )
+
+
+def _texts(config: TextConfig, rows: Sequence[tuple[Any, Any]], compute: Compute) -> Found:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = fakes.text(config, compute)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes.pretend([fake.model], mode)
+    data = heaviest.dealt(rows, config)
+    batch = heaviest.of_rows(data, config, fake.model, packed=fake.packed)
+    said = str(batch)
+    try:
+        with _quiet():
+            step = imagined.text_step(fake, batch, config, compute, mode)
+    except (RuntimeError, NotImplementedError, TypeError):
+        step = imagined.rough_step(fake, batch, config, compute)
+        said += "; roughly, as this model's code needs real numbers"
+    passes = {}
+    longest = max(batch.lengths)
+    for prompt in config.sample_prompts:
+        kept = imagined.answer_bytes(fake.model, prompt, longest, compute.dtype.itemsize)
+        passes[SAMPLES] = imagined.of_sizes([kept])
+    dtype = compute.dtype
+    files = _mapped(fake.files, dtype)
+    if fake.layout == "gguf":  # unpacked to float32 before it is rounded
+        files += sum(p.numel() for p in fake.model.parameters()) * FLOAT
+    return Found(
+        batch=said,
+        weights={"model": _quantised(fake.model, config.quantization, dtype)},
+        files={"model": files},
+        on_card=["model"],
+        adapters=_adapters({"model": fake.model}),
+        step=step,
+        passes=passes,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch logs what it cannot pretend to do; that is answered here."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> Estimate:
+    """The phases, each with all that lies in memory in it."""
+    on_card = compute.device.type == "cuda"
+    always = {
+        "imports": imports + CUDA_LIBRARIES * on_card,
+        "libraries at work": AT_WORK[compute.precision],
+    }
+    weights = {f"{name} weights": size for name, size in found.weights.items()}
+    there = {f"{name} weights" for name in found.on_card} if on_card else set()
+    gpu = {"CUDA itself": CUDA_CONTEXT} if on_card else {}
+    gpu |= {name: size for name, size in weights.items() if name in there}
+    ram = always | {name: size for name, size in weights.items() if name not in there}
+
+    states = state_bytes(config.optimizer, found.adapters)
+    trained = _trained(found, config, sum(states))
+    batches = config.gradient_accumulation_steps
+    thrifty = config.gradient_checkpointing
+    grown = heap.growth_of_steps(found.step.events, batches, states, thrifty=thrifty)
+
+    def phase(name: str, parts: Mapping[str, int], visiting: Sequence[str] = ()) -> Phase:
+        """`visiting`: parts that come to a card for this phase alone."""
+        if not on_card:
+            return Phase(name, {}, {**ram, **parts})
+        guests = {f"{part} weights": found.weights[part] for part in visiting}
+        stay = {label: size for label, size in ram.items() if label not in guests}
+        return Phase(name, {**gpu, **guests, **parts}, stay)
+
+    phases = [_loading("loading", found, always, gpu, there)]
+    if ENCODING in found.passes:
+        trace = found.passes[ENCODING]
+        parts = _passing(trace, {}, on_card, heap.growth(trace.events).total)
+        phases.append(phase(ENCODING, parts, ["vae"]))
+        if on_card:
+            readers = [part for part in found.weights if part.startswith("text")]
+            phases.append(phase(CAPTIONS, {}, readers))
+    step = _passing(found.step, trained, on_card, grown.total - sum(states))
+    phases.append(phase(STEP, step))
+    if SAMPLES in found.passes:
+        trace = found.passes[SAMPLES]
+        own = heap.growth(trace.events)
+        kept = max(grown.kept - sum(states), own.kept) + own.mapped
+        guests = ["vae"] if "vae" in found.weights else []
+        phases.append(phase(SAMPLES, _passing(trace, trained, on_card, kept), guests))
+    export = _loading("export", found, always, gpu, there)
+    copies = {"adapters and their copies": 3 * trained["adapters"]}
+    phases.append(Phase("export", export.gpu, {**export.ram, **copies}))
+    later = {name: size for name, size in trained.items() if name != "adapters"}
+    return Estimate(phases, found.batch, later)
+
+
+def _passing(trace: Trace, lasting: Mapping[str, int], on_card: bool, grown: int) -> dict[str, int]:
+    """What comes and goes beside what lies there throughout.
+
+    `grown`: bytes of the process for what comes and goes, gaps included.
+    """
+    earlier = lasting.get("gradients", 0)  # of earlier micro-batches: these are added to them
+    gradients = 0 if earlier else min(trace.left, trace.peak)
+    parts = dict(lasting) | {"gradients": earlier + gradients}
+    parts["activations"] = trace.peak - trace.logits - gradients
+    parts["logits"] = trace.logits
+    if on_card:
+        parts["gaps"] = int(CARD_GAPS * sum(parts.values()))
+    else:
+        parts["gaps"] = max(0, grown - trace.peak - earlier)
+    return parts
+
+
+def _loading(
+    name: str,
+    found: Found,
+    always: Mapping[str, int],
+    gpu: Mapping[str, int],
+    there: set[str],
+) -> Phase:
+    """The parts come one after the other; while one is read, its files are mapped beside it."""
+    most: dict[str, int] = {}
+    so_far: dict[str, int] = {}
+    for part, size in found.weights.items():
+        label = f"{part} weights"
+        so_far[label] = size
+        during = {**so_far, f"{part} files": found.files[part]}
+        if sum(during.values()) > sum(most.values()):
+            most = during
+        if label in there:
+            del so_far[label]
+    most = max((most, so_far), key=lambda parts: sum(parts.values()))
+    on_card = {name: size for name, size in gpu.items() if there}
+    return Phase(name, on_card, {**always, **most})
+
+
+def _trained(found: Found, config: Config, states: int) -> dict[str, int]:
+    """What training keeps from step to step."""
+    adapters = sum(p.numel() for p in found.adapters.values()) * FLOAT
+    return {
+        "adapters": adapters,
+        "gradients": adapters if config.gradient_accumulation_steps > 1 else 0,
+        "optimizer": states,
+        "average": adapters if config.ema_decay is not None else 0,
+    }
+
+
+def _adapters(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {
+        f"{component}.{name}": parameter
+        for component, module in modules.items()
+        for name, parameter in lora.trainable(module).items()
+    }
+
+
+def _frozen_bytes(module: nn.Module) -> int:
+    trained = {id(p) for p in lora.trainable(module).values()}
+    return bytes_of(tensor for tensor in tensors_of(module) if id(tensor) not in trained)
+
+
+def _mapped(files: fakes.Files, dtype: torch.dtype) -> int:
+    """Bytes of files that lie beside the weights made of them; 0 where those are the files'."""
+    return 0 if files.dtype == dtype else files.bytes
+
+
+def _quantised(model: nn.Module, quantization: str | None, dtype: torch.dtype) -> int:
+    """Bytes of a model whose linear layers in the blocks are held in 4 or 8 bits.
+
+    nf4: half a byte, a scale of 8 bits for 64 numbers and one of 32 bits for 256 scales (Dettmers
+    et al. 2023, arXiv 2305.14314, section 3). int8: a byte, and a float32 scale a row.
+    """
+    whole = _frozen_bytes(model)
+    if quantization is None:
+        return whole
+    weights = [m.weight for m in _linear_layers(model)]
+    numbers, rows = sum(w.numel() for w in weights), sum(w.shape[0] for w in weights)
+    plain = whole - numbers * dtype.itemsize
+    if quantization == "int8":
+        return plain + numbers + FLOAT * rows
+    return plain + numbers // 2 + numbers // 64 + FLOAT * (numbers // (64 * 256))
+
+
+def _linear_layers(model: Any) -> list[nn.Linear]:
+    """Those that are quantised: all but the head and the adapters."""
+    head = model.get_output_embeddings()
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
+    ]

@@ -5,28 +5,25 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import platform
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_scripts import datasets, picture_checks, run_files
+from lora_scripts import environment as installed
 from lora_scripts.config import Draft, schema_of
 from lora_scripts.data import text_checks
 from lora_scripts.data.looking import Look
 from lora_scripts.datasets import Location
+from lora_scripts.environment import Finding
 from lora_scripts.errors import UNNAMED, DataError, Problem, UserError, few, user_error
-from lora_scripts.models import hub, signature, text_signature, vae_signature
+from lora_scripts.models import hub, kinds, signature, text_signature, vae_signature
+from lora_scripts.models.header import read_header
+from lora_scripts.models.json_file import read_json
 from lora_scripts.schema import Dataset, ImageDataset, TextConfig
 
 logger = logging.getLogger(__name__)
-
-CUDA_INSTALL = (
-    "python -m pip install --force-reinstall torch==2.13.0 "
-    "--index-url https://download.pytorch.org/whl/cu130"
-)
 
 OPTIMIZER_PACKAGES = {
     "adamw8bit": "bitsandbytes",
@@ -65,7 +62,7 @@ def look(draft: Draft) -> Inputs:
     """
     is_text = schema_of(draft.values) is TextConfig
     problems = list(draft.problems)
-    read_base = text_signature.read_text_signature if is_text else signature.read_signature
+    read_base = _read_text_base if is_text else signature.read_signature
     problems += _model(draft, "base_model", read_base)
     if not is_text:
         problems += _model(draft, "vae", vae_signature.read_vae)
@@ -119,26 +116,40 @@ def say(problems: Sequence[Problem]) -> None:
 
 
 def environment(device: str) -> None:
-    """Refuse an NVIDIA card with a torch that cannot use it.
+    """Refuse what a run would stumble over later: a package that is missing, a card left unused.
+
+    Packages of versions that are not known to work are named. `device`: the config's key.
 
     Raises:
-        UserError: with the line to type.
+        UserError: with what to type.
     """
-    import torch
-
-    if device == "cpu" or torch.version.cuda is not None or not _has_nvidia_card():
+    _packages()
+    if device == "cpu":
         return
-    what = (
-        "this machine has an NVIDIA card, but the installed torch is a build for the CPU only. "
-        f"Type:\n  {CUDA_INSTALL}\nor set device: cpu in the config to train without the card"
-    )
-    raise user_error("torch", what)
+    from lora_scripts import cards
+
+    without = "\nor set device: cpu in the config to train without the card"
+    problems = [
+        Problem(row.what, _said(row) + without * (device == "auto"))
+        for row in cards.rows(device)
+        if row.state == "bad"
+    ]
+    if problems:
+        raise UserError(problems)
 
 
-def _has_nvidia_card() -> bool:
-    if platform.system() == "Windows":
-        return shutil.which("nvidia-smi") is not None
-    return Path("/proc/driver/nvidia/gpus").is_dir() and shutil.which("nvidia-smi") is not None
+def _packages() -> None:
+    bad = [row for row in installed.version_rows() if row.state == "bad"]
+    missing = [row for row in bad if row.found == installed.MISSING]
+    if missing:
+        raise UserError([Problem(row.what, _said(row)) for row in missing])
+    for row in bad:
+        logger.warning("%s: %s", row.what, _said(row))
+
+
+def _said(row: Finding) -> str:
+    needed = f"; needed: {row.needed}" if row.needed else ""
+    return f"found {row.found}{needed}. What to do:\n  {row.to_type}"
 
 
 def _model(draft: Draft, key: str, read: Callable[[Path], object]) -> list[Problem]:
@@ -154,6 +165,22 @@ def _model(draft: Draft, key: str, read: Callable[[Path], object]) -> list[Probl
         where = draft.source.where(key)
         return [Problem(where, f"{p.where}: {p.what}", severity=p.severity) for p in error.problems]
     return []
+
+
+def _read_text_base(path: Path) -> object:
+    """Recognise a language model; of files and folders for images it is said what they are."""
+    if path.is_dir() and (path / "config.json").is_file():
+        part = read_json(path / "config.json").get("_class_name")
+        if part is not None:
+            raise user_error(str(path), f"this is a part of a model for images ({part})")
+    if path.is_file() and path.suffix.lower() == ".safetensors":
+        kind = kinds.kind_of_file(read_header(path))
+        if kind in signature.NAMES:
+            what = f"this is a model for images ({kind}): set task_type: image-generation"
+            raise user_error(str(path), what)
+        if kind == "lora":
+            raise user_error(str(path), f"this is a LoRA, not a base model. {text_signature.TAKES}")
+    return text_signature.read_text_signature(path)
 
 
 def _optimizer(draft: Draft) -> list[Problem]:
@@ -179,9 +206,39 @@ def _init_lora(draft: Draft, *, is_text: bool) -> list[Problem]:
         what = f"found {value}, but it cannot be looked at: {error.strerror}"
         return [Problem(draft.source.where("init_lora"), what)]
     if is_there:
-        return []
+        return _other_base(draft, path, is_text=is_text) or _other_keys(draft, path)
     wanted = f"a folder with {name}" if is_text else f"a .safetensors file or a folder with {name}"
     return [Problem(draft.source.where("init_lora"), f"found {value}; expected {wanted}")]
+
+
+def _other_base(draft: Draft, lora: Path, *, is_text: bool) -> list[Problem]:
+    """A finished LoRA of another base model; nothing if the base is not here or wrong itself."""
+    from lora_scripts import belonging
+
+    name = draft.values.get("base_model")
+    if not isinstance(name, str) or not name:
+        return []
+    try:
+        own_code = draft.values.get("trust_remote_code") is True
+        base = belonging.find(name, is_text=is_text, own_code=own_code)
+    except UserError:
+        return []  # `_model` says so
+    if base is None:
+        return []
+    return belonging.problems(lora, base, draft.source.where("init_lora"))
+
+
+def _other_keys(draft: Draft, lora: Path) -> list[Problem]:
+    """Rank, kind and parts of a finished LoRA that are not those of the config."""
+    from lora_scripts import belonging
+
+    if draft.config is None:
+        return []
+    where = draft.source.where("init_lora")
+    try:
+        return [Problem(where, what) for what in belonging.misfits(lora, draft.config)]
+    except UserError as error:
+        return [Problem(where, str(problem)) for problem in error.problems]
 
 
 def _output(draft: Draft) -> list[Problem]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_scripts import config, pipeline, preflight
+from lora_scripts import environment as installed
 from lora_scripts.errors import UserError
 from tests import text_toys
 from tests.toys import save_pictures, write_config
@@ -123,7 +124,8 @@ def test_a_lora_to_go_on_from_that_is_not_there(folder: Path) -> None:
     assert inputs(init_lora="data") == [f"my.yaml line 4: init_lora: found data; {wanted}"]
     Path("old").mkdir()
     Path("old/pytorch_lora_weights.safetensors").touch()
-    assert inputs(init_lora="old") == []
+    (problem,) = inputs(init_lora="old")
+    assert "init_lora: old" in problem and "the file is empty" in problem
 
 
 def test_a_vae_that_is_not_there_or_none(folder: Path) -> None:
@@ -194,7 +196,7 @@ def test_all_kinds_of_mistakes_in_one_answer(folder: Path) -> None:
         pipeline.run(file)
     expected = [
         "my.yaml line 4: lora_rnk: unknown key; did you mean lora_rank?",
-        'my.yaml line 5: batch_size: found the text "four", must be a whole number',
+        'my.yaml line 5: batch_size: found the text "four", must be auto, or a whole number',
         "my.yaml line 1: base_model: models/v1-5.ckpt: a .ckpt file is a Python pickle",
         "my.yaml line 3: output_dir: found my.yaml/x, but my.yaml is a file, not a folder",
         "metadata.csv line 8: ",
@@ -233,34 +235,41 @@ def test_an_empty_model_is_refused(folder: Path) -> None:
     assert "the file is empty" in problem
 
 
-# --- CUDA ---------------------------------------------------------------------------------------
+# --- the device ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def torch_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Sets what the installed torch is built for; the machine's card is set by each test."""
-    monkeypatch.setattr(torch.version, "cuda", None)
-    return monkeypatch
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_nvidia_card_with_a_cpu_torch(torch_build: pytest.MonkeyPatch, device: str) -> None:
-    torch_build.setattr(preflight, "_has_nvidia_card", lambda: True)
-    with pytest.raises(UserError) as caught:
-        preflight.environment(device)
-    said = str(caught.value)
-    assert "NVIDIA card" in said
-    assert "--index-url https://download.pytorch.org/whl/cu130" in said
-    assert f"torch=={torch.__version__.partition('+')[0]} " in said  # the version that is pinned
-
-
-def test_nothing_to_say(torch_build: pytest.MonkeyPatch) -> None:
-    torch_build.setattr(preflight, "_has_nvidia_card", lambda: False)
+def test_a_card_that_is_not_there_is_refused_before_anything_is_loaded(folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
     preflight.environment("auto")
-    torch_build.setattr(preflight, "_has_nvidia_card", lambda: True)
     preflight.environment("cpu")
-    torch_build.setattr(torch.version, "cuda", "12.6")
-    preflight.environment("auto")
+    file = write_config(
+        Path("my.yaml"), base_model="someone/a-model", train_data_dir="data/style_train",
+        output_dir="output/x", resolution=64, device="cuda",
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        pipeline.run(file)
+    assert str(caught.value) == (
+        "my.yaml line 5: device: found no NVIDIA card; needed: one, for device: cuda. What to do:\n"
+        "  device: auto or cpu in the config"
+    )
+    assert not Path("output").exists()
+
+
+def test_packages_of_other_versions(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is missing stops a run, one that is not known to work is named."""
+    wanted = installed.parse_needs(["rich>=99", "torch>=2.9"])
+    monkeypatch.setattr(installed, "needs", lambda: wanted)
+    preflight.environment("cpu")
+    (line,) = caplog.messages
+    assert line.startswith("rich: found 1") and '-m pip install "rich>=99"' in line
+    wanted += installed.parse_needs(["no-such-package<2,>=1"])
+    with pytest.raises(UserError) as caught:
+        preflight.environment("cpu")
+    said = "no-such-package: found not installed; needed: >=1, <2. What to do:\n"
+    assert str(caught.value).startswith(said)
 
 
 # --- texts --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lora_scripts.cli import captions, export, label, run, use
+from lora_scripts.cli import captions, doctor, export, label, run, use
 from lora_scripts.errors import UserError, WorkError, few
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ for _command in (
     captions.new,
     label.label,
     captions.captions,
+    doctor.doctor,
     run.check,
     run.train,
     use.sample,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +19,34 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, e.g. lora_rank=32."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="One step and one export elsewhere; how long it will take."),
+    ] = False,
 ) -> None:
     """Train a LoRA."""
     from lora_scripts import pipeline
 
     try:
-        code = pipeline.run(config, overrides or ())
+        with _stoppable():
+            code = pipeline.run(config, overrides or (), dry=dry_run)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)  # noqa: T201
         code = pipeline.EXIT_INTERRUPTED
     raise typer.Exit(code)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within this context SIGTERM ends the work as Ctrl-C does, wherever it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check(

@@ -143,6 +143,8 @@ def _stored(folder: Path, entry: Mapping[str, str]) -> Stored:
     name = PurePosixPath(entry["name"])
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(name)
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):  # by a link
+        raise ValueError(name)
     return Stored(folder / name, entry["before"].encode("utf-8"), entry["after_sha256"])
 
 

@@ -78,6 +78,7 @@ def inspect(path: Path) -> Report:
         names = ", ".join(list(header)[:3])
         raise user_error(str(file), f"holds no LoRA that is known here, but {names} …")
     modules = found.modules
+    lora_layouts.check_shapes(file, modules, header)
     known = lora_families.family_of(header, metadata)
     return Report(
         path=str(file),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lora_scripts import files
+from lora_scripts import file_names, files
 from lora_scripts.data import conversations
 from lora_scripts.data.image_folder import find_kohyas_folders, list_folder
 from lora_scripts.data.reading import show, show_path
@@ -78,6 +78,8 @@ def _refuse(name: str, data: Path, base: str | None, config: Path, task: Task) -
     if not _NAME.fullmatch(name) or name.lower().endswith((".yaml", ".yml")):
         what = r'is no name for a file: without \ / : * ? " < > | and .yaml, no dot or - before it'
         raise user_error(show(name), what)
+    if (why := file_names.trouble(name)) is not None:
+        raise user_error(show(name), why)
     output = Path("output") / name
     for path in (config, output):
         if path.exists():

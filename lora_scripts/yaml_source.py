@@ -16,6 +16,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, StringMark, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -54,6 +55,7 @@ IMPLICIT_TAGS = frozenset(
 )
 MAX_DEPTH = 20
 MAX_VALUES = 10_000  # aliases of aliases could otherwise grow without bound
+MAX_LETTERS = 1 << 18  # a config has a few thousand; the parser needs a second for so many
 
 
 @dataclass
@@ -107,10 +109,16 @@ def parse_value(text: str, name: str) -> Any:
 
 
 def _compose(text: str, name: str) -> Node | None:
+    if len(text) > MAX_LETTERS:
+        what = f"{len(text):,} characters are too many for a config; at most {MAX_LETTERS:,}"
+        raise UserError([Problem(name, what)])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML 1.2 allows it
+            _refuse_excess(text, name)
             return YAML(typ="safe", pure=True).compose(io.StringIO(text))
+    except UserError:
+        raise
     except MarkedYAMLError as error:
         raise UserError([_syntax_problem(error, text, name)]) from None
     except ReaderError as error:
@@ -121,6 +129,28 @@ def _compose(text: str, name: str) -> Node | None:
         raise UserError([Problem(name, "not readable as YAML: nested too deep")]) from None
     except (YAMLError, ValueError, OverflowError) as error:  # the latter of numbers in escapes
         raise UserError([Problem(name, f"not readable as YAML: {_first_line(error)}")]) from None
+
+
+def _refuse_excess(text: str, name: str) -> None:
+    """Stop at the first value too deep, or too many: ruamel's time grows with their square."""
+    depth = values = 0
+    for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+        depth += isinstance(event, CollectionStartEvent)
+        depth -= isinstance(event, CollectionEndEvent)
+        values += isinstance(event, NodeEvent)
+        where = f"{name} line {event.start_mark.line + 1}"
+        if depth > MAX_DEPTH + 1:
+            raise _too_deep(where)
+        if values > 2 * MAX_VALUES:  # a key counts, too
+            raise _too_many(where)
+
+
+def _too_deep(where: str) -> UserError:
+    return UserError([Problem(where, f"nested more than {MAX_DEPTH} levels deep")])
+
+
+def _too_many(where: str) -> UserError:
+    return UserError([Problem(where, f"more than {MAX_VALUES} values")])
 
 
 def _syntax_problem(error: MarkedYAMLError, text: str, name: str) -> Problem:
@@ -178,9 +208,9 @@ def _construct(node: Node, location: Location, document: Document, name: str) ->
     line = node.start_mark.line + 1
     where = f"{name} line {line}"
     if len(location) > MAX_DEPTH:
-        raise UserError([Problem(where, f"nested more than {MAX_DEPTH} levels deep")])
+        raise _too_deep(where)
     if len(document.lines) > MAX_VALUES:
-        raise UserError([Problem(where, f"more than {MAX_VALUES} values")])
+        raise _too_many(where)
     if node.ctag.handle is not None or node.tag not in IMPLICIT_TAGS:
         tag = f"{node.ctag.handle}{node.ctag.suffix}" if node.ctag.handle else f"!<{node.tag}>"
         document.problems.append((line, Problem(where, f"the tag {tag} is not allowed; remove it")))

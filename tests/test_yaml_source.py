@@ -200,7 +200,9 @@ def test_bombs_are_stopped() -> None:
     assert "more than 10000 values" in refused("\n".join(["a: &a [x, x]", *levels]))
     assert "nested more than 20 levels" in refused("a: &a [*a]")
     assert "nested more than 20 levels" in refused(f"a: {'[' * 30}{']' * 30}")
-    assert "nested too deep" in refused("a: " + "[" * 5000)
+    assert "nested more than 20 levels" in refused("a: " + "[" * 5000)
+    assert "more than 10000 values" in refused("a: {" + "b," * 50_000 + "}")
+    assert "300,003 characters are too many" in refused("a: " + "b" * 300_000)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from lora_scripts.data.csv_rows import CsvRow, csv_rows, quoted, split_row
+from lora_scripts.data.folders import leads_out
 from lora_scripts.data.image_folder import CAPTION_SUFFIXES, list_folder, stem
 from lora_scripts.data.metadata import NAME_COLUMNS, READERS, TEXT_COLUMNS, Row
 from lora_scripts.data.reading import Refused, is_unicode, read_file, show_path, unix_lines
@@ -59,6 +60,8 @@ def plan(path: Path, edit: Edit) -> list[FileEdit]:
     if path.is_dir():
         usual = [path / "metadata.csv", path / "metadata.jsonl"]
         metadata = next((each for each in usual if each.is_file()), None)
+        if metadata is not None and (why := leads_out(path, metadata.name, "file", "images")):
+            raise user_error(show_path(metadata), why)
         return _plan_sidecars(path, edit) if metadata is None else [_plan_metadata(metadata, edit)]
     if path.suffix.lower() not in READERS or not path.is_file():
         what = "is no file of captions" if path.is_file() else "there is no such file or folder"

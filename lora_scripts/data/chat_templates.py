@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from lora_scripts.data import template_process
+from lora_scripts.data.template_process import Refusal
 from lora_scripts.errors import UserError, user_error
 
 if TYPE_CHECKING:
@@ -78,21 +78,16 @@ class Template:
             UserError: if the template is no valid Jinja, or refuses the conversation.
         """
         try:
-            return self._apply(messages, tools, prompt)
-        except jinja2.TemplateSyntaxError as error:
-            raise user_error(WHERE, f"{self.name}, line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            raise user_error(WHERE, self._refusal(messages, tools, str(error))) from None
+            return self._apply(messages, tools, prompt=prompt)
+        except Refusal as refusal:
+            if refusal.line is not None:
+                where = f"{self.name}, line {refusal.line}"
+                raise user_error(WHERE, f"{where}: {refusal}") from None
+            raise user_error(WHERE, self._refusal(messages, tools, str(refusal))) from None
 
-    def _apply(self, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=self.text,
-            add_generation_prompt=prompt,
-            tokenize=False,
-        )
-        return text
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool) -> str:
+        tokens = self.tokenizer.special_tokens_map
+        return template_process.write(self.text, messages, tools, tokens, prompt=prompt)
 
     def _refusal(self, messages: Sequence[Message], tools: Sequence[Tool], said: str) -> str:
         refusal = f"the template ({self.name}) refuses the conversation: {said}"
@@ -101,7 +96,7 @@ class Template:
             return refusal
         try:
             self._apply(rest, tools, prompt=False)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError):
+        except Refusal:
             return refusal
         return (
             f"{refusal}. Without its system message it is accepted: put that text at the head of "

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_scripts.data.reading import show_path
+from lora_scripts.data.reading import Refused, show_path
 from lora_scripts.errors import Problem
 
 _UNLISTED = "unreadable-folder"
@@ -56,3 +56,25 @@ def link_problem(folder: Path, path: Path, *, thing: str, home: str) -> str | No
     if not target.is_relative_to(folder.resolve()):
         return f"this link leads out of {home}; put the {thing} itself in the folder"
     return None
+
+
+def leads_out(folder: Path, name: str, thing: str, things: str) -> str | None:
+    """Why a file found in a folder cannot be used: it is a link out of it. None if it can.
+
+    Args:
+        folder: What the link may not lead out of.
+        name: The file's name in it.
+        thing: What the file should be, as "caption file".
+        things: What the user keeps in the folder, as "images".
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return None
+    return link_problem(folder, path, thing=thing, home=f"the folder of {things}")
+
+
+def refuse_link(folder: Path, path: Path, things: str) -> None:
+    """Raise `Refused` if the file that says what is in a folder is a link out of it."""
+    why = leads_out(folder, path.name, "file", things)
+    if why is not None:
+        raise Refused(f"{path.name}: {why}", "link")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from lora_scripts.data.folders import link_problem, walk_files
+from lora_scripts.data.folders import leads_out, walk_files
 from lora_scripts.data.reading import Refused, count, is_unicode, show
 from lora_scripts.errors import Problem
 
@@ -60,7 +60,7 @@ def list_folder(folder: Path) -> ImageFolder:
         if suffix in SUFFIXES:
             _add_image(listing, name)
         elif suffix in CAPTION_SUFFIXES:
-            listing.captions[stem(name) + suffix] = name
+            _add_caption(listing, name, stem(name) + suffix)
         elif suffix in _UNREAD_IMAGES:
             unread.append(name)
         elif suffix in TABLE_SUFFIXES:
@@ -76,19 +76,23 @@ def list_folder(folder: Path) -> ImageFolder:
 
 
 def _add_image(listing: ImageFolder, name: str) -> None:
-    path = listing.path / name
     if not is_unicode(name):
         what = (
             "the file name is not valid UTF-8 (often from a zip made on a Chinese Windows); "
             "rename the file"
         )
         listing.refused[name] = Refused(what, "file-name")
-    elif path.is_symlink() and (
-        why := link_problem(listing.path, path, thing="image", home="the folder of images")
-    ):
+    elif (why := leads_out(listing.path, name, "image", "images")) is not None:
         listing.refused[name] = Refused(why, "link")
     else:
         listing.images.append(name)
+
+
+def _add_caption(listing: ImageFolder, name: str, key: str) -> None:
+    if (why := leads_out(listing.path, name, "caption file", "images")) is None:
+        listing.captions[key] = name
+    else:
+        listing.problems.append(Problem(show(name), why, "error", "link"))
 
 
 def _set_masks_apart(listing: ImageFolder) -> None:

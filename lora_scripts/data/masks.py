@@ -16,6 +16,7 @@ from PIL import Image
 
 from lora_scripts.data import pixels
 from lora_scripts.data.buckets import Size
+from lora_scripts.data.folders import link_problem
 from lora_scripts.data.image_folder import SUFFIXES
 from lora_scripts.data.reading import count
 from lora_scripts.data.records import Record
@@ -34,6 +35,7 @@ def find(record: Record, dataset: ImageDataset) -> Path | None:
         places = [(dataset.mask_dir / inside).with_suffix(suffix) for suffix in SUFFIXES]
         for place in places:
             if place.is_file():
+                _refuse_link(dataset.mask_dir, place)
                 return place
         what = f"no mask for {inside} in {dataset.mask_dir}; a white one learns all of it"
         raise UserError([Problem(record.where, what, "error", "no-mask")])
@@ -41,6 +43,12 @@ def find(record: Record, dataset: ImageDataset) -> Path | None:
         return record.mask
     with pixels.open_image(record.path) as image:
         return record.path if image.has_transparency_data else None
+
+
+def _refuse_link(folder: Path, place: Path) -> None:
+    why = link_problem(folder, place, thing="mask", home="the folder of masks")
+    if why is not None:
+        raise UserError([Problem(str(place), why, "error", "link")])
 
 
 def check(rows: Sequence[tuple[Record, ImageDataset]]) -> list[Problem]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_scripts.data.csv_rows import quoted
+from lora_scripts.data.folders import refuse_link
 from lora_scripts.data.image_folder import (
     SUFFIXES,
     ImageFolder,
@@ -127,7 +128,10 @@ def _choose_metadata(folder: Path, metadata_path: Path | None) -> Path | None:
     """The metadata file to read, or None for caption files beside the images."""
     usual = [folder / "metadata.csv", folder / "metadata.jsonl"]
     if metadata_path is None:
-        return next((path for path in usual if path.is_file()), None)
+        found = next((path for path in usual if path.is_file()), None)
+        if found is not None:
+            refuse_link(folder, found, "images")
+        return found
     if not metadata_path.is_file():
         what = f"there is no such file. {_found_instead(metadata_path, usual)}"
         raise Refused(what, "metadata-missing")

@@ -18,6 +18,17 @@ from lora_scripts.errors import user_error
 from lora_scripts.label.settings import Settings
 from lora_scripts.randomness import generator, seed_of
 
+# What transformers raises on a folder that is damaged or holds another model.
+_UNREADABLE = (
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+)
+
 
 def compute_on(device: str) -> Compute:
     """float32 on a CPU; on a card bf16, or fp16 where bf16 is not native.
@@ -43,7 +54,7 @@ def open_model(cls: Any, path: Path, compute: Compute) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise user_error(str(path), f"the weights cannot be loaded: {error}") from None
     missing = sorted(found["missing_keys"])
     if missing:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_scripts.errors import user_error
+from lora_scripts.errors import UserError, user_error
+from lora_scripts.models import foreign
 
 
 def open_processor(cls: Any, path: Path) -> Any:
@@ -23,6 +24,8 @@ def open_processor(cls: Any, path: Path) -> Any:
         parts = [_part(attribute, path) for attribute in cls.get_attributes()]
         settings, _ = cls.get_processor_dict(path, local_files_only=True)
         return _for_pictures(cls).from_args_and_dict(parts, settings)
+    except UserError:
+        raise
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise user_error(str(path), f"its {cls.__name__} needs another package: {reason}") from None
@@ -35,9 +38,13 @@ def _part(attribute: str, path: Path) -> Any:
 
     match attribute:
         case "image_processor":
-            return AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+            with foreign.reading(path, "how its pictures are prepared"):
+                return AutoImageProcessor.from_pretrained(
+                    path, backend="pil", local_files_only=True
+                )
         case "tokenizer":
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+            with foreign.reading(path, "its tokenizer"):
+                return AutoTokenizer.from_pretrained(path, local_files_only=True)
         case "video_processor":
             return None  # opening one needs torchvision, and no video will come
         case _:

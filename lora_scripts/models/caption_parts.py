@@ -78,12 +78,9 @@ def tokenizer_of(path: Path | None, family: Family) -> CLIPTokenizer:
         path: A diffusers folder, a single file, or None for a hub id that is not fetched.
         family: What it is.
     """
-    from transformers import CLIPTokenizer
-
+    from lora_scripts.models.components import read_clip_tokenizer
     from lora_scripts.models.packaged import END, ZERO, clip_tokenizer
 
     if path is not None and path.is_dir():
-        folder = str(path / "tokenizer")
-        found: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return found
+        return read_clip_tokenizer(path / "tokenizer")
     return clip_tokenizer(ZERO if family == "sd2" else END)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import nn
 from lora_scripts.device import Compute
 from lora_scripts.errors import user_error
 from lora_scripts.files import file_hash
+from lora_scripts.models import foreign
 from lora_scripts.models.text_signature import TextSignature
 
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_)?(?:attn|attention)\.")  # the block around a layer
@@ -86,18 +88,29 @@ def load(
 
 def load_tokenizer(found: TextSignature, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone."""
-    from transformers import AutoTokenizer
-
     match found.layout:
         case "gguf":
-            with _gguf_reading(found.path):
-                return AutoTokenizer.from_pretrained(found.path.parent, gguf_file=found.path.name)
+            status = found.path.stat()
+            return copy.deepcopy(_gguf_tokenizer(found.path, status.st_mtime_ns, status.st_size))
         case "chatglm":
             from lora_scripts.models import chatglm
 
-            return chatglm.load_tokenizer(found.path)
+            with foreign.reading(found.path, "the tokenizer"):
+                return chatglm.load_tokenizer(found.path)
         case "transformers":
             return read_tokenizer(found.path, trust_remote_code=trust_remote_code)
+
+
+@lru_cache(maxsize=1)
+def _gguf_tokenizer(path: Path, changed: int, size: int) -> Any:
+    """The tokenizer in a .gguf file, which takes seconds to read and is asked for twice in a run.
+
+    `changed`, `size`: of the file, so that another one under its name is read anew.
+    """
+    from transformers import AutoTokenizer
+
+    with _gguf_reading(path):
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -108,7 +121,12 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with foreign.reading(folder, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    foreign.check_vocabulary(folder, tokenizer)
+    if not isinstance(tokenizer.model_max_length, int | float):
+        found = type(tokenizer.model_max_length).__name__
+        raise user_error(str(folder), f"model_max_length of its tokenizer is no number but {found}")
     if not tokenizer.is_fast:
         what = "its tokenizer has no fast version (tokenizer.json), which the loss mask needs"
         raise user_error(str(folder), what)
@@ -130,7 +148,8 @@ def load_config(found: TextSignature) -> Any:
                 return AutoConfig.from_pretrained(found.path.parent, gguf_file=found.path.name)
         case "transformers":
             _check_known(found, trust_remote_code=False)
-            return AutoConfig.from_pretrained(found.path)
+            with foreign.reading(found.path / "config.json", "the model's config"):
+                return AutoConfig.from_pretrained(found.path)
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -176,13 +195,18 @@ def _load_model(
             return model.to(compute.device)
         case "transformers":
             _check_known(found, trust_remote_code)
-            return AutoModelForCausalLM.from_pretrained(
-                found.path,
-                dtype=dtype,
-                device_map={"": compute.device},
-                trust_remote_code=trust_remote_code,
-                quantization_config=_bitsandbytes(quantization, compute),
-            )
+            packed = _bitsandbytes(quantization, compute)
+            with foreign.reading(found.path, "this model"):
+                model, facts = AutoModelForCausalLM.from_pretrained(
+                    found.path,
+                    dtype=dtype,
+                    device_map={"": compute.device},
+                    trust_remote_code=trust_remote_code,
+                    quantization_config=packed,
+                    output_loading_info=True,
+                )
+            foreign.refuse_missing(found.path, facts["missing_keys"])
+            return model
 
 
 def _check_known(found: TextSignature, trust_remote_code: bool) -> None:
@@ -191,7 +215,8 @@ def _check_known(found: TextSignature, trust_remote_code: bool) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = found.config.get("model_type")
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (found.own_code and trust_remote_code):
+    is_known = isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if is_known or (found.own_code and trust_remote_code):
         return
     known = f"transformers {transformers.__version__} has no language model of the type"
     if found.own_code:
@@ -402,11 +427,6 @@ def _facts(found: TextSignature) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _gguf_reading(path: Path) -> Iterator[None]:
-    """transformers' reader of .gguf files says by ValueError what it cannot read."""
-    try:
-        yield
-    except (ValueError, KeyError) as error:
-        what = f"transformers cannot read this .gguf file ({error}); take the model as safetensors"
-        raise user_error(str(path), what) from None
+def _gguf_reading(path: Path) -> AbstractContextManager[None]:
+    """transformers' reader of .gguf files, whatever it raises."""
+    return foreign.reading(path, "this .gguf file", "; take the model as safetensors")

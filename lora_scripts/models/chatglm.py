@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.models import chatglm_tokenizer
+from lora_scripts.models import chatglm_tokenizer, foreign
 from lora_scripts.models.chatglm_tokenizer import Generation
 from lora_scripts.models.header import read_header
-from lora_scripts.models.json_file import read_json
+from lora_scripts.models.json_file import MOST_LAYERS, read_json
 from lora_scripts.models.lora import AdaptedLayer
 
 if TYPE_CHECKING:
@@ -146,25 +146,26 @@ def convert_config(
     rope = rope or _rope_of(_by_name(config))
     if problems := [Problem(where, what) for what in _config_problems(config, rope)]:
         raise UserError(problems)
-    converted = GlmConfig(
-        vocab_size=config["padded_vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["ffn_hidden_size"],
-        num_hidden_layers=config["num_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=_groups(config),
-        head_dim=_head_dim(config),
-        hidden_act="silu",
-        attention_dropout=config.get("attention_dropout") or 0.0,
-        attention_bias=bool(config.get("add_qkv_bias", False)),
-        max_position_embeddings=config["seq_length"],
-        rms_norm_eps=config["layernorm_epsilon"],
-        rope_parameters=_rope_parameters(config, rope),
-        tie_word_embeddings=False,
-        pad_token_id=config.get("pad_token_id"),
-        eos_token_id=config.get("eos_token_id"),
-        architectures=["GlmForCausalLM"],
-    )
+    with foreign.reading(Path(where), "the model's config"):
+        converted = GlmConfig(
+            vocab_size=config["padded_vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["ffn_hidden_size"],
+            num_hidden_layers=config["num_layers"],
+            num_attention_heads=config["num_attention_heads"],
+            num_key_value_heads=_groups(config),
+            head_dim=_head_dim(config),
+            hidden_act="silu",
+            attention_dropout=config.get("attention_dropout") or 0.0,
+            attention_bias=bool(config.get("add_qkv_bias", False)),
+            max_position_embeddings=config["seq_length"],
+            rms_norm_eps=config["layernorm_epsilon"],
+            rope_parameters=_rope_parameters(config, rope),
+            tie_word_embeddings=False,
+            pad_token_id=config.get("pad_token_id"),
+            eos_token_id=config.get("eos_token_id"),
+            architectures=["GlmForCausalLM"],
+        )
     # Where the original names no token, GlmConfig would put GLM-4's.
     converted.eos_token_id = config.get("eos_token_id")
     return converted
@@ -391,8 +392,13 @@ def _config_problems(config: Mapping[str, Any], rope: Rope | None) -> Iterator[s
         found = config.get(name, only)
         if found != only and (found or only):  # an absent thing may be null, 0 or false
             yield f"found {name}: {json.dumps(found)}, expected {json.dumps(only)} ({meaning})"
-    if missing:
+    numbers = [*_NEEDED[:-1], "multi_query_group_num", "kv_channels"]  # all but the epsilon
+    odd = [name for name in numbers if not _is_count(config.get(name, 1))]
+    yield from (f"found {name}: {json.dumps(config[name])}, expected a count" for name in odd)
+    if missing or odd:
         return
+    if config["num_layers"] > MOST_LAYERS:
+        yield f"found num_layers: {config['num_layers']}; no model has so many"
     heads, groups, size = config["num_attention_heads"], _groups(config), _head_dim(config)
     if heads % groups:
         yield f"found multi_query_group_num: {groups}, expected a divisor of {heads} heads"
@@ -408,6 +414,12 @@ def _config_problems(config: Mapping[str, Any], rope: Rope | None) -> Iterator[s
             "modeling_chatglm.py beside the weights (it is read, not run), or write its name into "
             'config.json: "_name_or_path": "THUDM/chatglm3-6b-32k"'
         )
+
+
+def _is_count(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
 
 
 def _rope_parameters(config: Mapping[str, Any], rope: Rope | None) -> dict[str, Any]:

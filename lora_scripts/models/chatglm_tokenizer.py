@@ -288,7 +288,7 @@ def _read_sentencepiece(file: Path) -> _Sentencepiece:
         raise user_error(str(file), what)
     try:
         model = _parse(content)
-    except (ValueError, IndexError, TypeError, struct.error):
+    except (ValueError, LookupError, TypeError, AssertionError, struct.error):
         raise user_error(
             str(file), "this is no whole sentencepiece model; fetch it again"
         ) from None

@@ -10,13 +10,42 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CLIPTokenizer
+
+from lora_scripts.models import foreign
+from lora_scripts.models.json_file import read_model_config
 
 
 def read_part(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
-    """One component of a diffusers folder, of the class `cls`. No network, no pickle."""
-    return cls.from_pretrained(
-        str(folder), dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
-    )
+    """One component of a diffusers folder, of the class `cls`. No network, no pickle.
+
+    Raises:
+        UserError: if its config or weights are not what the class takes, or some are not there.
+    """
+    read_model_config(folder / "config.json")
+    with foreign.reading(folder, "this part of the model"):
+        module, found = cls.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    foreign.refuse_missing(folder, found["missing_keys"])
+    return module
+
+
+def read_clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A text encoder's tokenizer.
+
+    Raises:
+        UserError: if its files cannot be read.
+    """
+    with foreign.reading(folder, "the tokenizer"):
+        found: CLIPTokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    foreign.check_vocabulary(folder, found)
+    return found
 
 
 def content_id(module: nn.Module, *more: str) -> str:

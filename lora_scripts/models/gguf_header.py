@@ -15,6 +15,7 @@ from lora_scripts.errors import user_error
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 8  # of a tensor; ggml has 4
 _ALIGNMENT = 32  # of the tensors, where general.alignment is not set
 _STRING, _ARRAY = 8, 9
 # value type -> how struct reads it: u8 i8 u16 i16 u32 i32 f32 bool, u64 i64 f64
@@ -46,7 +47,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
             header, end = _Reader(content).read()
-        except (struct.error, KeyError, UnicodeDecodeError):
+        except (struct.error, LookupError, ValueError, TypeError, ArithmeticError, RecursionError):
             what = "its header cannot be read: the file is damaged or was cut short; fetch it again"
             raise user_error(str(path), what) from None
         if end > len(content):
@@ -122,8 +123,10 @@ class _Reader:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         self._string()
-        numbers = 1
-        for _ in range(int(self._number("I"))):
+        numbers, dimensions = 1, int(self._number("I"))
+        if dimensions > _MAX_DIMENSIONS:
+            raise KeyError("dimensions")
+        for _ in range(dimensions):
             numbers *= int(self._number("Q"))
         kind, offset = int(self._number("I")), int(self._number("Q"))
         try:

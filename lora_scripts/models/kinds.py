@@ -187,6 +187,8 @@ def kind_of_pipeline(name: str, unet: Mapping[str, Any]) -> Kind:
     depth = name == "StableDiffusionDepth2ImgPipeline"
     if not (name in taken or depth) or not isinstance(width, int):
         return "unknown"
+    if not isinstance(channels, int):
+        return "other-input"
     if channels != 4:
         return _BY_CHANNELS.get(channels, "other-input")
     if name.startswith("StableDiffusionXL") or unet.get("addition_embed_type") == "text_time":

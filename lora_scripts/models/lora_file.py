@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ def read(path: Path, family: Named) -> dict[str, list[AdaptedLayer]]:
     header = read_header(file)
     found = lora_layouts.sort(header)
     refuse_others(file, found)
+    lora_layouts.check_shapes(file, found.modules, header)
     places = names_of(family)
     strangers = [name for name in found.modules if bare(name) not in places]
     if strangers:
@@ -162,24 +164,34 @@ def _refuse_twice(file: Path, places: Sequence[tuple[str, str]]) -> None:
 class Settings:
     """PEFT's settings of a file, from its header or from adapter_config.json beside it."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
         self.values = values
+        self._file = file
 
     @classmethod
     def of(cls, file: Path) -> Settings:
-        """What is written of a file; nothing for most."""
+        """What is written of a file; nothing for most.
+
+        Raises:
+            UserError: if it is no JSON object.
+        """
         text = read_metadata(file).get(ADAPTER_METADATA)
         if text is not None:
             try:
-                return cls(dict(json.loads(text)))
-            except (ValueError, TypeError):
+                return cls(file, dict(json.loads(text)))
+            except (ValueError, TypeError, RecursionError):
                 what = f"its header's {ADAPTER_METADATA} is no JSON object: {text[:80]}"
                 raise user_error(str(file), what) from None
         beside = file.parent / "adapter_config.json"
-        return cls(read_json(beside) if file.name == ADAPTER_NAME and beside.is_file() else {})
+        has_own = file.name == ADAPTER_NAME and beside.is_file()
+        return cls(file, read_json(beside) if has_own else {})
 
     def of_layer(self, name: str) -> float | None:
-        """The alpha with which alpha / rank is the scale; None where nothing is written."""
+        """The alpha with which alpha / rank is the scale; None where nothing is written.
+
+        Raises:
+            UserError: if alpha, rank or their patterns are not what PEFT writes.
+        """
         component, _, path = bare(name).partition(".")
         prefix = f"{component}." if any(k.startswith(f"{component}.") for k in self.values) else ""
         path = path if prefix else bare(name)
@@ -187,6 +199,10 @@ class Settings:
                if key.startswith(prefix)}  # fmt: skip
         if "lora_alpha" not in own:
             return None
-        alpha = float(lora.patterned(own.get("alpha_pattern"), path, own["lora_alpha"]))
-        rank = int(lora.patterned(own.get("rank_pattern"), path, own["r"]))
-        return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+        try:
+            alpha = float(lora.patterned(own.get("alpha_pattern"), path, own["lora_alpha"]))
+            rank = int(lora.patterned(own.get("rank_pattern"), path, own["r"]))
+            return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, re.error):
+            what = f"PEFT's settings of {name} (r, lora_alpha, their patterns) are damaged"
+            raise user_error(str(self._file), what) from None

@@ -11,13 +11,15 @@ Layouts that are read, all of them by their names alone:
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lora_scripts.errors import user_error
+from lora_scripts.models.header import TensorInfo
 from lora_scripts.run_files import ADAPTER_NAME, DIFFUSERS_NAME
 
 Part = Literal["down", "up", "alpha", "magnitude"]
@@ -121,6 +123,25 @@ def sort(names: Iterable[str]) -> Sorted:
             if part == "down":  # several layouts share the names of the other parts
                 module.layout = layout
     return Sorted(modules, others, unknown)
+
+
+def check_shapes(
+    file: Path, modules: Mapping[str, Module], header: Mapping[str, TensorInfo]
+) -> None:
+    """Matrices must be matrices, and an alpha one number.
+
+    Raises:
+        UserError: naming the first tensor that is not.
+    """
+    for module in modules.values():
+        for part, name in module.tensors.items():
+            shape = header[name].shape
+            fits = (
+                math.prod(shape) == 1 if part == "alpha" else part == "magnitude" or len(shape) > 1
+            )
+            if not fits or 0 in shape:
+                what = f"is damaged: {name} has the shape {list(shape)}"
+                raise user_error(str(file), what)
 
 
 def _split(name: str) -> tuple[str, Part, Layout] | None:

@@ -65,7 +65,12 @@ def fits(header: Mapping[str, TensorInfo], family: Named) -> bool:
             return False
         shape = shape_of(family, *places[bare(name)])
         down, up = (header[module.tensors[part]].shape for part in ("down", "up"))
-        if (up[0], down[1]) != shape[:2] or (len(down) == len(shape) and down[2:] != shape[2:]):
+        if (
+            len(down) < 2
+            or len(up) < 2
+            or (up[0], down[1]) != shape[:2]
+            or (len(down) == len(shape) and down[2:] != shape[2:])
+        ):
             return False
     return bool(modules)
 

@@ -24,6 +24,7 @@ from diffusers import (
 )
 
 from lora_scripts.errors import user_error
+from lora_scripts.models import foreign
 from lora_scripts.models.family import Prediction
 
 # These can draw from a noise schedule that ends in pure noise.
@@ -53,13 +54,15 @@ def read(folder: Path) -> SchedulerMixin:
     Raises:
         UserError: if it is of a kind that is not known here.
     """
-    config = DDPMScheduler.load_config(str(folder), local_files_only=True)
-    name = config["_class_name"]
+    with foreign.reading(folder, "the scheduler's config"):
+        config = DDPMScheduler.load_config(str(folder), local_files_only=True)
+    name = str(config.get("_class_name"))
     known = {cls.__name__: cls for cls in SCHEDULERS}
     if name not in known:
         what = f"the scheduler {name} is none of {', '.join(sorted(known))}"
         raise user_error(str(folder / "scheduler_config.json"), what)
-    return known[name].from_config(config)
+    with foreign.reading(folder, "the scheduler's config"):
+        return known[name].from_config(config)
 
 
 def ends_in_noise(scheduler: SchedulerMixin) -> bool:

@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lora_scripts.device import Compute
 from lora_scripts.models import clip_text, latents, prediction, schedule, single_file, vae_file
 from lora_scripts.models import unet as unet_layers
-from lora_scripts.models.components import content_id, read_part, visit
+from lora_scripts.models.components import content_id, read_clip_tokenizer, read_part, visit
 from lora_scripts.models.family import (
     Conditioning,
     DrawRequest,
@@ -270,6 +270,6 @@ def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> Parts:
         "unet": read_part(UNet2DConditionModel, path / "unet", variant, dtype),
         "vae": read_part(AutoencoderKL, path / "vae", variant, torch.float32),
         "text_encoder": read_part(CLIPTextModel, path / "text_encoder", variant, torch.float32),
-        "tokenizer": CLIPTokenizer.from_pretrained(str(path / "tokenizer"), local_files_only=True),
+        "tokenizer": read_clip_tokenizer(path / "tokenizer"),
         "scheduler": schedule.read(path / "scheduler"),
     }

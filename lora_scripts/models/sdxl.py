@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lora_scripts.device import Compute
 from lora_scripts.models import clip_text, latents, prediction, schedule, single_file, vae_file
 from lora_scripts.models import unet as unet_layers
-from lora_scripts.models.components import content_id, read_part, visit
+from lora_scripts.models.components import content_id, read_clip_tokenizer, read_part, visit
 from lora_scripts.models.family import (
     Conditioning,
     DrawRequest,
@@ -316,7 +316,7 @@ def load(found: Signature, compute: Compute, options: Options) -> StableDiffusio
 
 def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> PartsXL:
     def tokenizer(name: str) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(str(path / name), local_files_only=True)
+        return read_clip_tokenizer(path / name)
 
     def text_encoder(cls: Any, name: str) -> Any:
         return read_part(cls, path / name, variant, torch.float32)

@@ -147,6 +147,8 @@ def _load_modules(
 ) -> dict[str, Any]:
     header = read_header(found.path)
     kept = _kept(found, header)
+    for kind, count in Counter(set_aside(found, header).values()).items():
+        logger.info("%s: %d tensors set aside (%s)", found.path.name, count, kind)
     modules = _empty_modules(found, kept)
     with safe_open(found.path, framework="pt") as file:
         if "alphas_cumprod" in header and not found.marks.zero_snr:
@@ -185,9 +187,16 @@ def _kept(found: Signature, header: Header) -> dict[str, TensorInfo]:
     if unknown:
         what = f"holds {len(unknown)} tensors that no {NAMES[found.family]} model has"
         raise user_error(str(found.path), f"{what}: {some(unknown)}")
-    for kind, count in Counter(aside.values()).items():
-        logger.info("%s: %d tensors set aside (%s)", found.path.name, count, kind)
     return kept
+
+
+def empty_modules(found: Signature) -> dict[str, Any]:
+    """A checkpoint's modules without weights (on the meta device), by the shapes in its header.
+
+    Raises:
+        UserError: if the file lacks tensors, or holds unknown ones.
+    """
+    return _empty_modules(found, _kept(found, read_header(found.path)))
 
 
 def _empty_modules(found: Signature, kept: Header) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lora_scripts.errors import user_error
 from lora_scripts.models import gguf_header
 from lora_scripts.models.header import check_headers
-from lora_scripts.models.json_file import read_json
+from lora_scripts.models.json_file import MOST_LAYERS, read_json, read_model_config
 
 Layout = Literal["transformers", "gguf", "chatglm"]
 TAKES = (
@@ -81,15 +81,21 @@ def _of_file(path: Path) -> TextSignature:
         raise user_error(str(path), what)
     facts = gguf_header.read_gguf_header(path).facts
     kind = facts.get("general.type", "model")
-    if int(facts.get("split.count", 1)) > 1:
+    if facts.get("split.count", 1) not in (0, 1):
         what = "this is one part of several; join them by llama.cpp's `llama-gguf-split --merge`"
     elif kind != "model":
         what = f"this .gguf file holds no whole model (its type is {kind!r})"
     elif "tokenizer.ggml.tokens#" not in facts:
         what = "this .gguf file holds no tokenizer"
+    elif not all(_is_layer_count(n) for key, n in facts.items() if key.endswith(".block_count")):
+        what = "it does not say how many layers it has, or more than any model; it is damaged"
     else:
         return TextSignature(path, "gguf", facts)
     raise user_error(str(path), what)
+
+
+def _is_layer_count(value: gguf_header.Fact) -> bool:
+    return isinstance(value, int) and 0 < value <= MOST_LAYERS
 
 
 def _meant(path: Path) -> str:
@@ -111,7 +117,7 @@ def _of_folder(path: Path, with_weights: bool) -> TextSignature:
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         advice = f"; name the file: {path / ggufs[0]}" if ggufs else ""
         raise user_error(str(path), f"this folder has no config.json{advice}. {TAKES}")
-    config = read_json(path / "config.json")
+    config = read_model_config(path / "config.json")
     layout: Layout = "chatglm" if config.get("model_type") == "chatglm" else "transformers"
     if with_weights:
         _check_weights(path, layout)
@@ -154,7 +160,11 @@ def missing_weights(path: Path) -> list[str]:
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict):
             raise user_error(str(index), "there is no weight_map in it; fetch the file again")
-        return sorted({str(n) for n in named.values() if not (path / str(n)).is_file()})
+        if not all(isinstance(name, str) and Path(name).name == name for name in named.values()):
+            what = "its weight_map names files outside the folder; fetch the folder from its source"
+            raise user_error(str(index), what)
+        files = {file.name for file in path.iterdir()}
+        return sorted(set(named.values()) - files)
     if (path / "model.safetensors").is_file():
         return []
     return [f"model.safetensors (nor {_INDEX})"]

@@ -21,7 +21,7 @@ from typing import Any
 
 from lora_scripts.data.conversations import forms, rows
 from lora_scripts.data.conversations.saying import Findings, checked, nearest
-from lora_scripts.data.folders import link_problem, walk_files
+from lora_scripts.data.folders import link_problem, refuse_link, walk_files
 from lora_scripts.data.reading import Refused, count, is_unicode, read_file, show, show_path
 from lora_scripts.errors import Problem
 
@@ -182,7 +182,10 @@ def _unusable(folder: Path, name: str) -> str | None:
 def _choose_metadata(folder: Path, metadata_path: Path | None) -> Path | None:
     """The one data file to read, or None for all that are there."""
     if metadata_path is None:
-        return next((folder / name for name in _USUAL if (folder / name).is_file()), None)
+        found = next((folder / name for name in _USUAL if (folder / name).is_file()), None)
+        if found is not None:
+            refuse_link(folder, found, "texts")
+        return found
     if not metadata_path.is_file():
         raise Refused("there is no such file; leave metadata_path out to read all in the folder")
     if metadata_path.suffix.lower() not in DATA_SUFFIXES:

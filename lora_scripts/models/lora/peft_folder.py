@@ -17,6 +17,8 @@ from torch import nn
 
 from lora_scripts import tensor_files
 from lora_scripts.errors import WorkError, user_error
+from lora_scripts.models import foreign
+from lora_scripts.models.lora import peft_config
 from lora_scripts.models.lora.layers import (
     AdaptedLayer,
     Kind,
@@ -27,10 +29,6 @@ from lora_scripts.models.lora.layers import (
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 MAGNITUDE = "lora_magnitude_vector"
-# what a PEFT adapter may use beyond a scale, two matrices and magnitudes
-_SPECIAL = ("modules_to_save", "target_parameters",
-            "trainable_token_indices", "layer_replication")  # fmt: skip
-
 _UNFIT = "this adapter does not fit the base model"
 
 
@@ -99,14 +97,8 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
     Raises:
         UserError: if it holds what LoRA, rsLoRA and DoRA cannot express.
     """
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(str(folder))
-    special = [name for name in _SPECIAL if getattr(config, name, None)]
-    if special:
-        raise user_error(
-            str(folder), f"uses {', '.join(special)}, which is not LoRA, rsLoRA or DoRA"
-        )
+    peft_config.check(folder)
+    config = _read_config(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     found = []
     for path in _adapted_paths(tensors):
@@ -121,6 +113,14 @@ def read_peft(folder: Path, scale: float = 1.0) -> list[AdaptedLayer]:
             )
         )
     return found
+
+
+def _read_config(folder: Path) -> Any:
+    """PEFT's settings as PEFT reads them."""
+    from peft import PeftConfig
+
+    with foreign.reading(folder, peft_config.CONFIG_NAME):
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def patterned(patterns: Mapping[str, Any] | None, path: str, usual: Any) -> Any:
@@ -162,9 +162,7 @@ def _same_magnitude(first: torch.Tensor | None, second: torch.Tensor | None) -> 
 
 def name_base(folder: Path, base_model: str) -> None:
     """Write another base model into a PEFT directory's adapter_config.json."""
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(str(folder))
+    config = _read_config(folder)
     config.base_model_name_or_path = base_model
     config.save_pretrained(str(folder))
 
@@ -206,17 +204,15 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     names = [f"adapter_{number}" for number, _ in enumerate(adapters)]
     adapted: Any = None
     for folder, _ in adapters:
+        peft_config.check(folder)
         _check_fit(model, folder)
     for name, (folder, _) in zip(names, adapters, strict=True):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of what does not fit: refused below
-                if adapted is None:
-                    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-                else:
-                    adapted.load_adapter(str(folder), adapter_name=name)
-        except (ValueError, RuntimeError, KeyError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            raise user_error(str(folder), f"{_UNFIT}: {reason}") from None
+        with foreign.reading(folder, f"{_UNFIT}: it"), warnings.catch_warnings(action="ignore"):
+            # of what does not fit: refused below
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                adapted.load_adapter(str(folder), adapter_name=name)
         _check_complete(adapted, name, folder)
     adapted.base_model.set_adapter(names, inference_mode=True)
     set_strengths(adapted, dict(zip(names, (scale for _, scale in adapters), strict=True)))

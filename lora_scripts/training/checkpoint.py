@@ -4,11 +4,13 @@ A checkpoint is a folder `step-000100` with
 
     training.safetensors   adapters in float32, their moving average, the optimizer's state
     NAME-000100.safetensors  the adapter as a ready file in the final layout
-    state.json             where the run stands, its config, checksums of the other files
+    state.json             where the run stands, its config, checksums of the other files and of
+                           itself
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,17 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from lora_scripts import tensor_files
-from lora_scripts.errors import UserError, user_error
+from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import file_hash, replace, sync, write_text
 
-FORMAT_VERSION = 3  # 3: may hold a moving average, and optimizer states that are maps
+FORMAT_VERSION = 4  # 4: OWN_SUM; 3: may hold a moving average, and optimizer states that are maps
+OWN_SUM = "state_sha256"  # what state.json says, without this key
 ADAPTER = "adapter."  # before the names of the adapters as they are trained
 ADDED_IN_2: dict[str, Any] = {"best": None, "tallies": {}, "passing": False}
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
+_NO_STATE = "does not hold what it must; the checkpoint is damaged, or not made by this program"
 HALF = re.compile(r"\.step-\d{6,}\.(tmp|removed-\d+)")  # left by a stop while writing or removing
 
 
@@ -61,7 +67,7 @@ def judged(best: Best | None, step: int, loss: float) -> Best:
 
 @dataclass(frozen=True)
 class State:
-    """What `state.json` holds. `passing`: saved for being the best only, not because it was due."""
+    """What `state.json` holds. `passing`: saved though it was not due: the best, or at a stop."""
 
     position: Position
     best: Best | None
@@ -97,15 +103,13 @@ def write(
     files = sorted(path for path in temporary.iterdir())
     for path in files:
         sync(path)
-    text = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            **asdict(state),
-            "sha256": {path.name: file_hash(path) for path in files},
-        },
-        indent=2,
-        ensure_ascii=False,
-    )
+    values = {
+        "format_version": FORMAT_VERSION,
+        **asdict(state),
+        "sha256": {path.name: file_hash(path) for path in files},
+    }
+    values[OWN_SUM] = _sum_of(json.loads(json.dumps(values)))
+    text = json.dumps(values, indent=2, ensure_ascii=False)
     write_text(temporary / "state.json", text)
     sync(temporary)
     target = folder / name
@@ -137,9 +141,14 @@ def name_of(step: int) -> str:
 
 
 def superseded(folder: Path, newest: Path, best: Best | None, limit: int | None) -> list[Path]:
-    """The checkpoints that may go now."""
+    """The checkpoints that may go now. Later ones than `newest` are of a run that was gone back in.
+
+    They are written anew when their step comes.
+    """
     kept_name = name_of(best.step) if best else None
-    others = [path for path in listed(folder) if path != newest and path.name != kept_name]
+    until_now = listed(folder)
+    earlier = until_now[: until_now.index(newest)]
+    others = [path for path in earlier if path.name != kept_name]
     passing = [path for path in others if _is_passing(path)]
     due = [path for path in others if path not in passing]
     room = limit - 1 if limit else len(due)
@@ -150,9 +159,9 @@ def _is_passing(checkpoint: Path) -> bool:
     """A checkpoint whose state cannot be read is not ours to remove early."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
-    return bool(state.get("passing", False))
+    return isinstance(state, dict) and bool(state.get("passing", False))
 
 
 def listed(folder: Path) -> list[Path]:
@@ -172,50 +181,88 @@ def read_state(checkpoint: Path) -> State:
     try:
         text = (checkpoint / "state.json").read_text(encoding="utf-8")
         values = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         what = f"is no usable checkpoint: {error}"
         raise user_error(str(checkpoint / "state.json"), what) from None
+    if not isinstance(values, dict):
+        raise user_error(str(checkpoint / "state.json"), _NO_STATE)
     if values.get("format_version") == 1:
         values |= {"format_version": 2, **ADDED_IN_2}
-    if values.get("format_version") not in (2, FORMAT_VERSION):
-        found = values.get("format_version")
+    found = values.get("format_version")
+    if found not in (2, 3, FORMAT_VERSION):
         what = f"has format_version {found}; this version reads 1 to {FORMAT_VERSION}"
         raise user_error(str(checkpoint / "state.json"), what)
-    for name, expected in values["sha256"].items():
+    if found == FORMAT_VERSION and values.get(OWN_SUM) != _sum_of(values):
+        what = "is damaged: its checksum is not the one noted in it"
+        raise user_error(str(checkpoint / "state.json"), what)
+    there = {path.name for path in checkpoint.iterdir()}
+    for name, expected in _sums(checkpoint, values).items():
         path = checkpoint / name
-        if not path.is_file():
+        if name not in there:
             raise user_error(str(path), "is missing from the checkpoint")
         if file_hash(path) != expected:
             raise user_error(
                 str(path), "is damaged: its checksum is not the one noted in state.json"
             )
-    plain = State.__dataclass_fields__.keys() - {"position", "best"}
-    return State(
-        position=Position(**values["position"]),
-        best=Best(**values["best"]) if values["best"] else None,
-        **{key: values[key] for key in plain},
-    )
+    return _state_of(checkpoint, values)
 
 
-def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:
+def _sums(checkpoint: Path, values: Mapping[str, Any]) -> dict[str, str]:
+    """The checksums of the files beside state.json, by their names."""
+    sums = values.get("sha256")
+    if not isinstance(sums, dict) or any(Path(name).name != name for name in sums):
+        raise user_error(str(checkpoint / "state.json"), _NO_STATE)
+    return sums
+
+
+def _state_of(checkpoint: Path, values: Mapping[str, Any]) -> State:
+    """Every value of the kind that it must be; what else stands there is passed over."""
+    try:
+        state = TypeAdapter(State).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise user_error(str(checkpoint / "state.json"), f"{_NO_STATE}: {place}") from None
+    if min(asdict(state.position).values()) < 0:
+        raise user_error(str(checkpoint / "state.json"), f"{_NO_STATE}: position")
+    return state
+
+
+def _sum_of(values: Mapping[str, Any]) -> str:
+    """SHA-256 of what a state.json says, whatever its spaces and the order of its keys."""
+    said = {key: value for key, value in values.items() if key != OWN_SUM}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def newest_good(folder: Path, say: Callable[[str], None], *, with_best: bool) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are named aloud and passed over.
+
+    `with_best`: the best one that it points at must be good, too, as it may be what is exported;
+    from an earlier one it is made again. One that is not there any more gave way to a better one.
 
     Raises:
         UserError: if there are checkpoints but none is good. A run never starts anew in silence.
     """
-    checkpoints = listed(folder)
-    problems = []
-    for checkpoint in reversed(checkpoints):
+    problems: list[Problem] = []
+    for checkpoint in reversed(listed(folder)):
         try:
-            read_state(checkpoint)
+            best = read_state(checkpoint).best
+            if with_best and best is not None and (folder / name_of(best.step)).is_dir():
+                read_state(folder / name_of(best.step))
         except UserError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
             say(f"Checkpoint {checkpoint.name} is not usable, trying the one before: {error}")
             continue
         return checkpoint
-    if problems:
-        raise UserError(problems)
-    return None
+    if not problems:
+        return None
+    ways = (
+        "put a good copy back; or set resume=never to start anew (what is here is kept beside it)"
+    )
+    if with_best:
+        ways += "; or early_stopping_patience=null, if the best checkpoint alone is damaged"
+    raise UserError(
+        [*problems, Problem(str(folder), f"no checkpoint here is usable. Ways on: {ways}")]
+    )
 
 
 def pack(
@@ -255,21 +302,34 @@ def unpack(
     entries: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(parameters):
         prefix = f"optimizer.{name}."
-        fields = dict(state.optimizer["state"].get(name, {})) | {
+        fields = _numbers_of(checkpoint, state, name) | {
             key.removeprefix(prefix): tensor
             for key, tensor in tensors.items()
             if key.startswith(prefix) and "." not in key.removeprefix(prefix)
         }
         entries[index] = _nested(fields)
     indices = iter(range(len(parameters)))
-    groups = [
-        {**saved, "params": [next(indices) for _ in group["params"]]}
-        for saved, group in zip(state.optimizer["groups"], optimizer.param_groups, strict=True)
-    ]
-    optimizer.load_state_dict(
-        {"state": {i: e for i, e in entries.items() if e}, "param_groups": groups}
-    )
+    try:
+        groups = [
+            {**saved, "params": [next(indices) for _ in group["params"]]}
+            for saved, group in zip(state.optimizer["groups"], optimizer.param_groups, strict=True)
+        ]
+        optimizer.load_state_dict(
+            {"state": {i: e for i, e in entries.items() if e}, "param_groups": groups}
+        )
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        what = f"its optimizer's state does not fit this config ({error})"
+        raise user_error(str(checkpoint), what) from None
     return tensors
+
+
+def _numbers_of(checkpoint: Path, state: State, name: str) -> dict[str, Any]:
+    """The plain numbers of an optimizer's state for one parameter."""
+    of_all = state.optimizer.get("state")
+    fields = of_all.get(name, {}) if isinstance(of_all, dict) else None
+    if not isinstance(fields, dict):
+        raise user_error(str(checkpoint / "state.json"), f"{_NO_STATE}: optimizer.state")
+    return dict(fields)
 
 
 def load_adapters(
@@ -282,7 +342,11 @@ def load_adapters(
     Raises:
         UserError: if the checkpoint belongs to other layers or another rank.
     """
-    tensors = load_file(checkpoint / "training.safetensors")
+    try:
+        tensors = load_file(checkpoint / "training.safetensors")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        what = f"cannot be read: {error}"
+        raise user_error(str(checkpoint / "training.safetensors"), what) from None
     adapters = {n.removeprefix(kept): t for n, t in tensors.items() if n.startswith(kept)}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if {name: tuple(t.shape) for name, t in adapters.items()} != shapes:
@@ -303,7 +367,13 @@ def go_back(
         UserError: if that checkpoint is missing or damaged.
     """
     path = folder / name_of(best.step)
-    position = read_state(path).position
+    try:
+        position = read_state(path).position
+    except UserError as error:
+        what = (
+            "the best checkpoint is lost; with early_stopping_patience=null the last step is taken"
+        )
+        raise UserError([*error.problems, Problem("early_stopping_patience", what)]) from None
     load_adapters(path, parameters, kept)
     return position
 

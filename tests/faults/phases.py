@@ -1,14 +1,13 @@
-"""What a run is doing, noted as it does it, so that a kill can be aimed and its place be told."""
+"""What a run is doing, noted as it does it, so that a stop can be aimed and its place be told."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lora_scripts import pipeline
@@ -16,6 +15,7 @@ from lora_scripts.data import cache, text
 from lora_scripts.tasks import image_views
 from lora_scripts.training import checkpoint, loop, optim
 from lora_scripts.training.log import RunLog
+from tests.faults.stops import Stop
 
 PHASES = (
     "caching",
@@ -24,37 +24,53 @@ PHASES = (
     "checkpoint",
     "rotation",
     "evaluation",
+    "logging",
     "export",
 )
+BETWEEN = "between phases"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A phase was entered ("+"), left ("-") or failed in ("!"), by the machine's clock."""
+
+    sign: str
+    phase: str
+    at: float
 
 
 @dataclass
 class Marks:
-    """Writes `+phase` and `-phase` with the time into a file, at once; may aim a kill.
+    """Writes marks to a descriptor, at once; a process that is killed has written its last.
 
-    `aim`: (phase, which time it is entered, seconds after). The kill is SIGALRM's default action:
-    the system ends the process between any two instructions, nothing of Python runs any more.
+    `timer`: when to be ended by the system. `then`: what is done when a phase is entered for the
+    n-th time.
     """
 
-    file: Path
-    aim: tuple[str, int, float] | None = None
+    descriptor: int
+    timer: Stop | None = None
+    then: tuple[str, int, Callable[[], None]] | None = None
     entered: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def enter(self, phase: str) -> None:
         self._note("+", phase)
         self.entered[phase] = self.entered.get(phase, 0) + 1
-        if self.aim is not None and self.aim[:2] == (phase, self.entered[phase]):
+        here = phase, self.entered[phase]
+        if self.timer is not None and (self.timer.phase, self.timer.time) == here:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, max(1e-6, self.aim[2]))
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, self.timer.seconds))
+        if self.then is not None and self.then[:2] == here:
+            self.then[2]()
 
     def leave(self, phase: str) -> None:
         self._note("-", phase)
 
+    def fail(self, phase: str) -> None:
+        """An error passes through."""
+        self._note("!", phase)
+
     def _note(self, sign: str, phase: str) -> None:
-        os.write(self._descriptor, f"{sign}{phase} {time.perf_counter():.6f}\n".encode())
+        os.write(self.descriptor, f"{sign}{phase} {time.perf_counter():.6f}\n".encode())
 
 
 @contextmanager
@@ -67,6 +83,10 @@ def noted(marks: Marks) -> Iterator[None]:
         (checkpoint, "_remove", "rotation"),
         (loop, "held_out_loss", "evaluation"),
         (pipeline, "_finish", "export"),
+        (RunLog, "evaluation", "logging"),
+        (RunLog, "histograms", "logging"),
+        (RunLog, "samples", "logging"),
+        (RunLog, "flush", "logging"),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     rates, step = optim.set_rates, RunLog.step
@@ -98,42 +118,50 @@ def _marked(marks: Marks, phase: str, original: Callable[..., Any]) -> Callable[
     def marked(*arguments: Any, **named: Any) -> Any:
         marks.enter(phase)
         try:
-            return original(*arguments, **named)
-        finally:
-            marks.leave(phase)
+            found = original(*arguments, **named)
+        except BaseException:
+            marks.fail(phase)
+            raise
+        marks.leave(phase)
+        return found
 
     return marked
 
 
-def read(file: Path) -> list[tuple[str, str, float]]:
-    """(sign, phase, time) of each mark."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+def parsed(text: str) -> list[Mark]:
+    """The marks of a child."""
+    found = []
+    for line in text.splitlines():
         words, _, at = line.rpartition(" ")
-        rows.append((words[0], words[1:], float(at)))
-    return rows
+        found.append(Mark(words[0], words[1:], float(at)))
+    return found
 
 
-def spans(file: Path) -> list[tuple[str, int, float]]:
+def spans(marks: Sequence[Mark]) -> list[tuple[str, int, float]]:
     """(phase, which time, seconds) of each phase that was left again."""
     open_since: dict[str, float] = {}
     times: dict[str, int] = {}
     found = []
-    for sign, phase, at in read(file):
-        if sign == "+":
-            open_since[phase] = at
-            times[phase] = times.get(phase, 0) + 1
-        elif phase in open_since:
-            found.append((phase, times[phase], at - open_since.pop(phase)))
+    for mark in marks:
+        if mark.sign == "+":
+            open_since[mark.phase] = mark.at
+            times[mark.phase] = times.get(mark.phase, 0) + 1
+        elif mark.sign == "-" and mark.phase in open_since:
+            seconds = mark.at - open_since.pop(mark.phase)
+            found.append((mark.phase, times[mark.phase], seconds))
     return found
 
 
-def hit(file: Path) -> str:
-    """The innermost phase that a killed run was in."""
+def innermost(marks: Sequence[Mark], until: float | None = None) -> str:
+    """The innermost phase that a run was in at a moment, or where it was ended."""
     stack: list[str] = []
-    for sign, phase, _ in read(file):
-        if sign == "+":
-            stack.append(phase)
-        elif phase in stack:
-            stack.remove(phase)
-    return stack[-1] if stack else "between phases"
+    for mark in marks:
+        if until is not None and mark.at > until:
+            break
+        if mark.sign == "!":
+            return mark.phase
+        if mark.sign == "+":
+            stack.append(mark.phase)
+        elif mark.phase in stack:
+            stack.remove(mark.phase)
+    return stack[-1] if stack else BETWEEN

@@ -1,31 +1,23 @@
-"""Kills at random moments in every phase, and operations that go wrong one after another."""
+"""Runs that are stopped at random moments in every phase, in every way."""
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import cases, children, phases
+from tests.faults import children, phases, stops
 from tests.faults.cases import Case
-from tests.faults.operations import Mode, Shim
+from tests.faults.stops import Stop
+from tests.faults.tally import Tally
 
-MOST_STARTS = 12  # of one run: each may be killed again
-
-
-@dataclass
-class Tally:
-    """What was hit, and every run that did not end as it should."""
-
-    hit: Counter[str] = field(default_factory=Counter)
-    runs: int = 0
-    failures: list[str] = field(default_factory=list)
+MOST_STARTS = 12  # of one run: each may be stopped again
+SHORTEST = 1e-4  # seconds
+SECOND_WAITS = 1.0  # seconds that a second Ctrl-C waits for a checkpoint, every other time
 
 
-@dataclass
+@dataclass(frozen=True)
 class Whole:
     """A run that nothing happened to, and how long its phases took."""
 
@@ -33,119 +25,76 @@ class Whole:
     folder: Path
     spans: list[tuple[str, int, float]]
 
+    def longest(self, phase: str) -> float:
+        """Seconds that a phase took at most."""
+        return max((span[2] for span in self.spans if span[0] == phase), default=SHORTEST)
+
 
 def whole(case: Case, work: Path) -> Whole:
-    """Run `case` undisturbed."""
+    """Run `case` undisturbed, from the beginning to its full length."""
     folder = work / "whole"
-    marks = folder / "marks"
     folder.mkdir(parents=True)
-    ended = children.run(lambda: _noted(case, folder, marks, None), folder / "said")
+    ended = children.run(lambda: case.start(folder), folder / "said")
     assert ended.code == 0, ended.said
-    return Whole(case, folder, phases.spans(marks))
+    assert case.variant.shows(case.output(folder)), f"{case.name} does not show what it is for"
+    return Whole(case, folder, phases.spans(ended.marks))
 
 
-def kill(undisturbed: Whole, work: Path, tally: Tally, chance: random.Random) -> None:
-    """One run, killed once to thrice, each time in the phase that was hit least so far."""
+def stopped(undisturbed: Whole, work: Path, tally: Tally, chance: random.Random) -> None:
+    """One run, stopped once to thrice in each of its lengths, and compared with the whole one."""
     case = undisturbed.case
-    folder = work / f"killed-{tally.runs}"
+    folder = work / f"stopped-{tally.runs}"
     folder.mkdir(parents=True)
     tally.runs += 1
-    kills = chance.choice([1, 1, 2, 3])
-    story = []
-    for start in range(MOST_STARTS):
-        aim = _aim(undisturbed, tally, chance) if start < kills else None
-        marks = folder / f"marks-{start}"
-        ended = children.run(
-            lambda aim=aim, marks=marks: _noted(case, folder, marks, aim),  # type: ignore[misc]
-            folder / f"said-{start}",
-        )
-        if ended.killed:
-            where = phases.hit(marks)
-            tally.hit[where] += 1
-            story.append(where)
-        elif ended.code != 0:
-            tally.failures.append(f"{case.name}, {folder}, {story}: {ended.said[-1500:]}")
+    story: list[str] = []
+    for length in range(case.lengths):
+        if not _to_the_end(undisturbed, folder, length, story, tally, chance):
             return
-        elif aim is None:
-            break
-    _compare(undisturbed, folder, tally, f"killed in {', '.join(story) or 'no phase'}")
+    tally.compare(case, undisturbed.folder, folder, f"stopped in {', '.join(story) or 'no phase'}")
 
 
-def _aim(undisturbed: Whole, tally: Tally, chance: random.Random) -> tuple[str, int, float] | None:
-    """A phase that this run has and that was hit least, one of its times, a moment within it."""
-    there = {phase for phase, _, _ in undisturbed.spans}
-    least = min(tally.hit[phase] for phase in there)
-    phase = chance.choice(sorted(phase for phase in there if tally.hit[phase] == least))
-    times = [span for span in undisturbed.spans if span[0] == phase]
-    name, time, seconds = chance.choice(times)
-    return name, time, chance.uniform(0, seconds)
-
-
-def count_operations(case: Case, work: Path) -> list[str]:
-    """The file operations of an undisturbed run, in order."""
-    folder = work / "counted"
-    folder.mkdir(parents=True)
-
-    def counted() -> int:
-        shim = Shim(folder)
-        shim.install()
-        code = case.run(folder)
-        (work / "operations").write_text("\n".join(shim.done), encoding="utf-8")
-        return code
-
-    ended = children.run(counted, work / "said")
-    assert ended.code == 0, ended.said
-    return (work / "operations").read_text(encoding="utf-8").splitlines()
-
-
-def harm(
-    undisturbed: Whole, operation: str, number: int, mode: Mode, work: Path, tally: Tally
-) -> None:
-    """One run whose operation `number` goes wrong, then the same command again."""
+def _to_the_end(
+    undisturbed: Whole,
+    folder: Path,
+    length: int,
+    story: list[str],
+    tally: Tally,
+    chance: random.Random,
+) -> bool:
+    """Start a run until it is done; its first starts are stopped. Whether it went as it should."""
     case = undisturbed.case
-    folder = work / f"{mode}-{number}"
-    folder.mkdir(parents=True)
-    tally.runs += 1
-    name = f"{mode} at operation {number}, {operation}"
-
-    def harmed() -> int:
-        Shim(folder, number, mode).install()
-        return case.run(folder)
-
-    first = children.run(harmed, work / f"said-{mode}-{number}")
-    tally.hit[f"{mode} {operation.split()[0]}"] += 1
-    if mode == "fail" and (first.code not in (0, 1) or "Traceback" in first.said):
-        tally.failures.append(f"{case.name}, {name}: code {first.code}: {first.said[-1500:]}")
-        return
-    second = children.run(lambda: case.run(folder), work / f"said-{mode}-{number}-again")
-    if second.code != 0:
-        tally.failures.append(f"{case.name}, {name}, the second run: {second.said[-1500:]}")
-        return
-    _compare(undisturbed, folder, tally, name)
-
-
-def _compare(undisturbed: Whole, folder: Path, tally: Tally, name: str) -> None:
-    found = cases.differences(undisturbed.case, undisturbed.folder, folder)
-    if found:
-        tally.failures.append(f"{undisturbed.case.name}, {name}: differs in {'; '.join(found)}")
-    else:
-        shutil.rmtree(folder)
+    stops_left = chance.choice([1, 1, 2, 3])
+    for start in range(MOST_STARTS):
+        stop = _aim(undisturbed, tally, chance) if start < stops_left else None
+        ended = children.run(
+            lambda start=start: case.start(folder, start=start, length=length),  # type: ignore[misc]
+            folder / f"said-{length}-{start}",
+            stop,
+        )
+        if stop is not None and (ended.killed or ended.sent):
+            where = ended.stopped_in()
+            tally.hit[where, stop.kind] += 1
+            story.append(f"{where} ({stop.kind})")
+            tally.noted[f"{stop.kind}, exit code {ended.code}"] += 1
+            if len(ended.sent) > 1:
+                again = phases.innermost(ended.marks, ended.sent[1])
+                tally.noted[f"the second Ctrl-C came in: {again}"] += 1
+        if not (ended.code == 0 if stop is None else stop.ends_with(ended.code)):
+            tally.fail(case, f"{folder}, {story}, {stop}, code {ended.code}: {ended.said[-2000:]}")
+            return False
+        if ended.code == 0:
+            return True
+    tally.fail(case, f"{folder}, {story}: not done after {MOST_STARTS} starts")
+    return False
 
 
-def _noted(case: Case, folder: Path, marks: Path, aim: tuple[str, int, float] | None) -> int:
-    with phases.noted(phases.Marks(marks, aim)):
-        return case.run(folder)
-
-
-def report(tally: Tally, title: str) -> str:
-    """A Markdown table of what was hit, and the failures."""
-    lines = [f"{title}: {tally.runs} runs, {sum(tally.hit.values())} faults", ""]
-    lines += ["| what | times |", "|---|---|"]
-    lines += [f"| {what} | {times} |" for what, times in sorted(tally.hit.items())]
-    lines += ["", f"{len(tally.failures)} runs did not end bit-identical."]
-    return "\n".join([*lines, *tally.failures])
-
-
-def every(operations: Sequence[str], step: int, start: int) -> list[tuple[int, str]]:
-    """Each `step`-th operation with its number, from 1."""
-    return [(i, what) for i, what in enumerate(operations, start=1) if i % step == start % step]
+def _aim(undisturbed: Whole, tally: Tally, chance: random.Random) -> Stop:
+    """A phase of this run that was hit least, in the way that was least used there."""
+    there = sorted({phase for phase, _, _ in undisturbed.spans})
+    phase = stops.least(there, {name: tally.rows(name) for name in there}, chance)
+    ways = Counter({way: count for (place, way), count in tally.hit.items() if place == phase})
+    kind = stops.least(stops.KINDS, ways, chance)
+    _, time, seconds = chance.choice([span for span in undisturbed.spans if span[0] == phase])
+    then = chance.uniform(0, undisturbed.longest("checkpoint"))
+    patience = chance.choice([SECOND_WAITS, chance.uniform(0, 0.05)])
+    return Stop(kind, phase, time, chance.uniform(0, seconds), then, patience)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -32,6 +34,28 @@ class Compute:
         if self.precision == "no":
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+@contextmanager
+def determinism(*, on: bool) -> Iterator[None]:
+    """Within this context only algorithms that give the same bits each time, if `on`.
+
+    On a CPU they do so in any case. cuBLAS wants its workspace named before it is first used.
+    """
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # finds faults, costs time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        deterministic.fill_uninitialized_memory = fills
 
 
 def choose(device: str, precision: str) -> Compute:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import json
 import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,8 @@ from lora_scripts.schema import Config, ImageConfig, TextConfig
 
 if TYPE_CHECKING:  # heavy imports happen in `run`, after the config has been checked
     from lora_scripts.device import Compute
-    from lora_scripts.export.protocol import Export
+    from lora_scripts.export.protocol import Export, Finished
+    from lora_scripts.memory import Estimate
     from lora_scripts.run_folder import Start
     from lora_scripts.tasks.diffusion import DiffusionTask
     from lora_scripts.tasks.language import LanguageTask
@@ -35,8 +35,30 @@ EXIT_DONE = 0
 EXIT_INTERRUPTED = 75
 
 
-def run(config_path: Path, overrides: Sequence[str] = ()) -> int:
+@dataclass(frozen=True)
+class Ready:
+    """A run that is ready for its first step.
+
+    Attributes:
+        config: With a number for `batch_size`.
+        foretold: The memory that it will take, before anything was loaded.
+        total_steps: Of the whole run.
+        seconds: Of one micro-step; 0 where none was tried.
+    """
+
+    task: AnyTask
+    config: Config
+    compute: Compute
+    foretold: Estimate
+    total_steps: int
+    seconds: float
+    began: float
+
+
+def run(config_path: Path, overrides: Sequence[str] = (), *, dry: bool = False) -> int:
     """Train the LoRA that a config describes. Returns the exit code: 0 done, 75 resumable.
+
+    `dry` takes a step or a few and exports into a temporary folder, and foretells the whole.
 
     Raises:
         UserError: if config, data or model cannot be worked with; all problems at once.
@@ -47,18 +69,18 @@ def run(config_path: Path, overrides: Sequence[str] = ()) -> int:
     preflight.refuse(problems, draft)
     config = draft.checked()
     try:
-        return _run(config, draft.source.name, rows, problems)
+        return (_run_dry if dry else _run)(config, draft.source.name, rows, problems)
     except UserError as error:
         raise UserError([draft.source.locate(problem) for problem in error.problems]) from None
     except OSError as error:
         if error.errno is None:  # a library's word for something else
             raise
-        raise WorkError(_said_of_files(error)) from error
+        raise WorkError(_said_of_files(error, config.output_dir)) from error
 
 
-def _said_of_files(error: OSError) -> str:
+def _said_of_files(error: OSError, output_dir: Path) -> str:
     """A file that could not be written or read: what happened, and what to do."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    what = f"{error.filename or output_dir}: {error.strerror or error}"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     mend = "make room on that disk" if full else "mend that"
     return (
@@ -72,87 +94,148 @@ def _run(
 ) -> int:
     preflight.environment(config.device)
 
-    from lora_scripts import run_folder
+    from lora_scripts import disk, run_folder, telling
 
     with run_folder.in_use(config.output_dir):
-        start = run_folder.decide(config)
+        run_folder.make_room(config)
         with file_log(config.output_dir / "run.log"):
+            start = run_folder.decide(config)
             preflight.say(warnings)
             if start.finished:
-                _say_finished(config)
+                telling.finished_before(config)
                 return EXIT_DONE
+            disk.check(config, rows)
             return _train(config, config_name, rows, start)
 
 
 def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], start: Start) -> int:
-    from lora_scripts import device, run_folder
-    from lora_scripts.tasks import build
+    from lora_scripts import device, exhausted, telling
     from lora_scripts.training import loop
 
-    quiet_libraries()
-    began = time.time()
-    precision = start.checkpoint[1].precision if start.checkpoint else config.mixed_precision
-    compute = device.choose(config.device, precision)
-    task = build.build(config, rows, compute)
-    if start.checkpoint is not None:
-        run_folder.refuse_other_inputs(*start.checkpoint, task.fingerprint)
-        logger.info("Going on from %s", start.checkpoint[0])
-    task.encode(_EncodingLog())
-    task.attach()
-    _announce(task, config, compute)
-    export = _export_of(task, config, compute, began)
-
-    outcome = loop.train(
-        task, config, compute, config.output_dir, export.checkpoint_files, start.checkpoint
-    )
-    if outcome.interrupted:
-        logger.warning(
-            "Interrupted after step %d of %d. The same command goes on from there.",
-            outcome.position.step,
-            outcome.total_steps,
-        )
-        return EXIT_INTERRUPTED
-    _say_how_it_ended(config, outcome)
-    _finish(task, config, config_name, compute, outcome, export, began)
+    with device.determinism(on=config.deterministic):
+        ready = _prepare(config, rows, start)
+        export = _export_of(ready)
+        with exhausted.answered(ready.config, rows, ready.compute, ready.foretold):
+            outcome = loop.train(
+                ready.task, ready.config, ready.compute, config.output_dir,
+                export.checkpoint_files, start.checkpoint,
+            )  # fmt: skip
+            if outcome.interrupted:
+                telling.interrupted(outcome)
+                return EXIT_INTERRUPTED
+            telling.how_it_ended(config, outcome)
+            finished = _finish(ready, config_name, outcome, export)
+    telling.done(finished, export.hints(), time.time() - ready.began)
     return EXIT_DONE
 
 
-def _export_of(task: AnyTask, config: Config, compute: Compute, began: float) -> Export:
+def _run_dry(
+    config: Config, config_name: str, rows: Sequence[preflight.Row], warnings: Sequence[Problem]
+) -> int:
+    """All of a run but most of its steps, in a temporary folder."""
+    preflight.environment(config.device)
+
+    from lora_scripts import device, disk, dry_run, exhausted, run_folder
+    from lora_scripts.training import loop
+
+    preflight.say(warnings)
+    dry_run.say_standing(config, run_folder.standing(config))
+    disk.check(config, rows)
+    with dry_run.elsewhere(config) as moved, device.determinism(on=config.deterministic):
+        ready = _prepare(moved, rows, run_folder.Start())
+        export = _export_of(ready)
+        started = time.time() - ready.began
+        with exhausted.answered(ready.config, rows, ready.compute, ready.foretold):
+            outcome = loop.train(
+                ready.task, dry_run.shortened(ready.config, ready.seconds), ready.compute,
+                moved.output_dir, export.checkpoint_files, None,
+            )  # fmt: skip
+            if outcome.interrupted:
+                return EXIT_INTERRUPTED
+            with outcome.clock.time("export"):
+                _finish(ready, config_name, outcome, export)
+    dry_run.say_outlook(config, ready.total_steps, outcome.clock, started)
+    return EXIT_DONE
+
+
+def _prepare(config: Config, rows: Sequence[preflight.Row], start: Start) -> Ready:
+    """Everything before the first step: device, memory, model, cache, adapters."""
+    from lora_scripts import (
+        batch_size,
+        device,
+        exhausted,
+        inventory,
+        memory_check,
+        run_folder,
+        telling,
+    )
+    from lora_scripts.tasks import build
+    from lora_scripts.training import steps
+
+    quiet_libraries()
+    began = time.time()
+    saved = start.checkpoint[1] if start.checkpoint else None
+    compute = device.choose(config.device, saved.precision if saved else config.mixed_precision)
+    automatic = config.batch_size == "auto"
+    config = batch_size.settle(config, rows, compute, saved.config if saved else None)
+    foretold = memory_check.before(config, rows, compute)
+    with exhausted.answered(config, rows, compute, foretold):
+        task = build.build(config, rows, compute)
+        if start.checkpoint is not None:
+            path, state = start.checkpoint
+            run_folder.refuse_other_inputs(
+                path, state, task.fingerprint,
+                lambda: inventory.changes(path.parent.parent, task.inventory()),
+            )  # fmt: skip
+            logger.info("Going on from %s", path)
+        if start.checkpoint is None or config.resume != "auto":
+            inventory.write(config.output_dir, task.inventory())
+        task.encode(telling.EncodingLog())
+        task.attach()
+        seconds = 0.0
+        if saved is None:  # a run that goes on has fitted before
+            config, peak = batch_size.tried(task, config, compute, may_shrink=automatic)
+            memory_check.after(foretold, peak, config, rows, compute)
+            seconds = peak.seconds
+    telling.announce(task, config, compute)
+    total = steps.count(task, config)
+    if saved is not None:
+        telling.another_length(saved.total_steps, total, config)
+    return Ready(task, config, compute, foretold, total, seconds, began)
+
+
+def _export_of(ready: Ready) -> Export:
     """The layout that fits the task."""
-    match config:
+    match ready.config:
         case ImageConfig():
             from lora_scripts.export.image import ImageExport
             from lora_scripts.tasks.diffusion import DiffusionTask
 
-            assert isinstance(task, DiffusionTask)
-            return ImageExport(task, config, compute, began)
+            assert isinstance(ready.task, DiffusionTask)
+            return ImageExport(ready.task, ready.config, ready.compute, ready.began)
         case TextConfig():
             from lora_scripts.export.text import TextExport
             from lora_scripts.tasks.language import LanguageTask
 
-            assert isinstance(task, LanguageTask)
-            return TextExport(task, config, compute, began)
+            assert isinstance(ready.task, LanguageTask)
+            return TextExport(ready.task, ready.config, ready.compute, ready.began)
 
 
-def _finish(
-    task: AnyTask,
-    config: Config,
-    config_name: str,
-    compute: Compute,
-    outcome: Outcome,
-    export: Export,
-    began: float,
-) -> None:
+def _finish(ready: Ready, config_name: str, outcome: Outcome, export: Export) -> Finished:
     """Write the finished files, prove them on a freshly read model, write card and record."""
-    from lora_scripts import run_folder
+    from lora_scripts import run_folder, telling
     from lora_scripts.export import card
     from lora_scripts.files import write_text
     from lora_scripts.models import lora
     from lora_scripts.training import log
 
+    task, config, compute = ready.task, ready.config, ready.compute
     peak = _cuda_peak(compute)
     facts = {"trainable": lora.share(task.adapted), "data": task.describe()}
     fingerprint = dict(task.fingerprint)
+    finding = log.losses_of(config.output_dir, held_out=task.held_out).finding()
+    if finding and finding.kind == "overfitting" and outcome.exported != outcome.position:
+        finding = None  # what is exported is the best already
     finished = export.finish(outcome.exported)
     logger.info(
         "Read back by %s: outputs equal the trained model's (%.1e)",
@@ -164,13 +247,14 @@ def _finish(
         "last_step": outcome.position.step,
         "best": asdict(outcome.best) if outcome.best else None,
         "skipped_steps": outcome.skipped,
+        "finding": finding.text if finding else None,
         "files": [path.name for path in finished.paths],
         "fingerprint": fingerprint,
         **facts,
         "base_model": config.base_model,
-        "device": _device_name(compute),
+        "device": telling.device_name(compute),
         "precision": compute.precision,
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(time.time() - ready.began, 1),
         "largest_difference_after_reload": finished.difference,
         "held_out_loss": log.held_out_losses(config.output_dir),
         "cuda_peak_reserved_bytes": peak,
@@ -178,100 +262,7 @@ def _finish(
     }
     card.write(config, config_name, record, export.card_usage())
     run_folder.write_record(config.output_dir, record)
-    logger.info("Done in %.0f s. The LoRA, ready to be used:", time.time() - began)
-    for path in finished.paths:
-        logger.info("  %s (%s)", path, _size(path.stat().st_size))
-    for hint in export.hints():
-        logger.info("  %s", hint)
-
-
-def _say_how_it_ended(config: Config, outcome: Outcome) -> None:
-    best, last = outcome.best, outcome.position.step
-    if outcome.skipped:
-        logger.warning(
-            "Steps left out because their loss or gradient was no number: %d; run.log names them "
-            "and their samples", outcome.skipped,
-        )  # fmt: skip
-    if last < outcome.total_steps:
-        logger.info(
-            "Ended after step %d of %d: the held-out loss has not fallen for %d measurements",
-            last, outcome.total_steps, config.early_stopping_patience,
-        )  # fmt: skip
-    if best is None:
-        return
-    if outcome.exported.step == best.step:
-        logger.info("The LoRA is that of step %d: held-out loss %.5f", best.step, best.loss)
-    else:
-        logger.info(
-            "The held-out loss was lowest after step %d (%.5f): that checkpoint is kept, too",
-            best.step, best.loss,
-        )  # fmt: skip
-
-
-def _announce(task: AnyTask, config: Config, compute: Compute) -> None:
-    """What is about to happen, in numbers, before the first step."""
-    from lora_scripts.models import lora
-    from lora_scripts.training import steps
-
-    total = steps.count(task, config)
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    views = total * per_step / task.items
-    epochs_end = config.max_train_steps is None or total < config.max_train_steps
-    logger.info("Device %s, precision %s", _device_name(compute), compute.precision)
-    kind = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}[config.lora_type]
-    for component, module in task.adapted.items():
-        logger.info(
-            "%s on %s: %s (rank %d, alpha %g, learning rate %g)",
-            kind, component, lora.describe(module), config.lora_rank, config.lora_alpha,
-            task.learning_rates[component],
-        )  # fmt: skip
-    logger.info("Trainable: %s", lora.share(task.adapted))
-    logger.info("Data: %s", task.describe())
-    logger.info(
-        "%d steps of up to %d samples, ended by %s: each sample is seen about %.0f times",
-        total, per_step, "epochs" if epochs_end else "max_train_steps", views,
-    )  # fmt: skip
-    advice = task.advice(total, views)
-    if advice:
-        logger.warning("%s", advice)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.0f} kB"
-
-
-def _say_finished(config: Config) -> None:
-    logger.info("This run is finished; nothing was done. Its files:")
-    record = json.loads((config.output_dir / "run.json").read_text(encoding="utf-8"))
-    for name in record["files"]:
-        logger.info("  %s", config.output_dir / name)
-    logger.info(
-        "To train it further raise epochs; for another run name another output_dir; to start it "
-        "anew: resume=never (the files are kept in a sub-folder)."
-    )
-
-
-class _EncodingLog:
-    """Tells how the encoding goes: a line every few seconds and at the end."""
-
-    SECONDS = 5.0
-
-    def __init__(self) -> None:
-        self._last_line = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now - self._last_line >= self.SECONDS:
-            logger.info("Encoded for the cache: %d of %d %s", done, total, what)
-            self._last_line = now
-
-
-def _device_name(compute: Compute) -> str:
-    import torch
-
-    if compute.device.type == "cuda":
-        return torch.cuda.get_device_name(compute.device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return finished
 
 
 def _cuda_peak(compute: Compute) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+INVENTORY = "data.jsonl.gz"
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "adapter_model.safetensors"
 SYSTEM_PROMPT = "lora_scripts.system_prompt"  # key in the header of ADAPTER_NAME
@@ -19,6 +20,7 @@ TEXT_NAMES = (
 NAMES = (
     METRICS,
     CHECKPOINTS,
+    INVENTORY,
     DIFFUSERS_NAME,
     *TEXT_NAMES,
     "tensorboard",

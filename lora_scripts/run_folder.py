@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from lora_scripts import run_files
+from lora_scripts import belonging, run_files
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import replace
+from lora_scripts.run_lock import in_use
 from lora_scripts.schema import Config, ImageConfig, TextConfig
 from lora_scripts.training import checkpoint
 from lora_scripts.training.checkpoint import State
+
+__all__ = ["Start", "decide", "in_use", "refuse_other_inputs", "standing", "write_record"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ FREE_KEYS = frozenset(
         "epochs", "max_train_steps", "early_stopping_patience", "device",
         "mixed_precision", "gradient_checkpointing",
         "eval_steps", "histogram_steps", "sample_steps", "sample_prompts",
+        "deterministic",
         "output_dir", "output_name", "save_steps", "save_every_epochs", "save_total_limit",
         "save_dtype", "resume", "strict_data", "on_nonfinite", "trust_remote_code", "vae",
         "cache_latents", "init_lora",
@@ -45,23 +46,11 @@ class Start:
     finished: bool = False
 
 
-@contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Hold the folder for this run alone.
-
-    Raises:
-        UserError: if another run is writing to it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise user_error(str(folder), "another run is writing to this output_dir now") from None
-    try:
-        yield
-    finally:
-        lock.release()
+def make_room(config: Config) -> None:
+    """Tidy the folder up for a run: what a stop has left goes, with `resume: never` all that is."""
+    checkpoint.tidy(config.output_dir / run_files.CHECKPOINTS)
+    if config.resume == "never":
+        _move_aside(config.output_dir, config.output_name)
 
 
 def decide(config: Config) -> Start:
@@ -70,14 +59,31 @@ def decide(config: Config) -> Start:
     Raises:
         UserError: if a checkpoint does not fit the config, with the differences and the ways on.
     """
+    start = standing(config)
+    if start.checkpoint is None:
+        return start
+    path, state = start.checkpoint
+    is_newest = config.resume == "auto" and path == checkpoint.listed(path.parent)[-1]
+    if is_newest and not start.finished:
+        # a stop between writing this one and removing older ones may have left them
+        checkpoint.rotate(path, state.best, config.save_total_limit)
+    return start
+
+
+def standing(config: Config) -> Start:
+    """Where a run of this config begins; nothing is written.
+
+    Raises:
+        UserError: if a checkpoint does not fit the config, with the differences and the ways on.
+    """
     folder = config.output_dir
-    checkpoint.tidy(folder / run_files.CHECKPOINTS)
     match config.resume:
         case "never":
-            _move_aside(folder, config.output_name)
             return Start()
         case "auto":
-            path = checkpoint.newest_good(folder / run_files.CHECKPOINTS, logger.warning)
+            stops_early = config.early_stopping_patience is not None
+            checkpoints = folder / run_files.CHECKPOINTS
+            path = checkpoint.newest_good(checkpoints, logger.warning, with_best=stops_early)
             if path is None:
                 return Start()
         case text:
@@ -88,15 +94,17 @@ def decide(config: Config) -> Start:
     state = checkpoint.read_state(path)
     _refuse_changes(config, path, state)
     finished = _is_finished(folder, config, state)
-    is_newest = config.resume == "auto" and path == checkpoint.listed(path.parent)[-1]
-    if is_newest and not finished:
-        # a stop between writing this one and removing older ones may have left them
-        checkpoint.rotate(path, state.best, config.save_total_limit)
+    if not finished:
+        _refuse_other_base(config, path, state)
     return Start((path, state), finished=finished)
 
 
-def refuse_other_inputs(path: Path, state: State, fingerprint: Mapping[str, str]) -> None:
+def refuse_other_inputs(
+    path: Path, state: State, fingerprint: Mapping[str, str], difference: Callable[[], str]
+) -> None:
     """Data, base model and first matrices must be what the checkpoint was trained from.
+
+    `difference`: what changed in the data, if that can be told; it is only called if they did.
 
     Raises:
         UserError: naming what changed.
@@ -105,9 +113,12 @@ def refuse_other_inputs(path: Path, state: State, fingerprint: Mapping[str, str]
     changed = [
         name for key, name in names.items() if state.fingerprint.get(key) != fingerprint.get(key)
     ]
-    if changed:
-        what = f"{' and '.join(changed)} changed since this checkpoint. {_ways_on()}"
-        raise user_error(str(path), what)
+    if not changed:
+        return
+    told = difference() if "the data" in changed else ""
+    said = f": {told}" if told else ""
+    what = f"{' and '.join(changed)} changed since this checkpoint{said}. {_ways_on()}"
+    raise user_error(str(path), what)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -119,20 +130,32 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _is_finished(folder: Path, config: Config, state: State) -> bool:
     """Finished: exports are written and verified, and the config asks for no more steps."""
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / "run.json"
+    if not path.is_file():
         return False
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        last_step = record.get("last_step", record["steps"])  # before early stopping: one only
+        files_there = all((folder / name).is_file() for name in record["files"])
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        what = "is damaged; remove it, and the same command writes it and the exports again"
+        raise user_error(str(path), what) from None
     keys = ("epochs", "max_train_steps", "early_stopping_patience")
     same_length = all(state.config.get(key) == getattr(config, key) for key in keys)
-    last_step = record.get("last_step", record["steps"])  # runs before early stopping had one only
-    files_there = all((folder / name).is_file() for name in record["files"])
     return same_length and files_there and bool(last_step == state.position.step)
 
 
 def _refuse_changes(config: Config, path: Path, state: State) -> None:
-    now, then = config.model_dump(mode="json"), _in_todays_keys(state.config, type(config))
-    changed = [key for key in now if key not in FREE_KEYS and now[key] != then[key]]
+    now = config.model_dump(mode="json")
+    try:
+        then = _in_todays_keys(state.config, type(config))
+    except (TypeError, ValueError, LookupError, AttributeError):
+        what = "its config is not one of this program; the checkpoint is damaged"
+        raise user_error(str(path / "state.json"), what) from None
+    free = set(FREE_KEYS)
+    if now["batch_size"] == "auto" and samples_of(now) == samples_of(then):
+        free |= {"batch_size", "gradient_accumulation_steps"}  # the checkpoint's are kept
+    changed = [key for key in now if key not in free and now[key] != then[key]]
     problems = [
         Problem(key, f"found {now[key]}, but {path.name} was trained with {then[key]}")
         for key in changed
@@ -142,6 +165,26 @@ def _refuse_changes(config: Config, path: Path, state: State) -> None:
         problems.append(Problem("mixed_precision", what))
     if problems:
         raise UserError([*problems, Problem(str(config.output_dir), _ways_on())])
+
+
+def _refuse_other_base(config: Config, path: Path, state: State) -> None:
+    """Before a base model is loaded its layers show whether the checkpoint can be of it.
+
+    Whether it is that very model is told by its hash, once it is loaded (`refuse_other_inputs`).
+    """
+    base = belonging.of(config)
+    if base is None:
+        return
+    try:
+        belonging.check_checkpoint(path, base, str(state.config["base_model"]))
+    except UserError as error:
+        raise UserError([*error.problems, Problem("base_model", _ways_on())]) from None
+
+
+def samples_of(config: Mapping[str, Any]) -> int:
+    """How many samples make an optimizer step, by a config's keys as plain values."""
+    size = config["batch_size"]
+    return int(config["gradient_accumulation_steps"]) * (1 if size == "auto" else int(size))
 
 
 def _in_todays_keys(

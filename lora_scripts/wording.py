@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_UNION_TAG = re.compile(r"literal\[.*|list\[.*|bool")  # pydantic's name for a choice in a place
+_UNION_TAG = re.compile(
+    r"literal\[.*|list\[.*|bool|constrained-int"
+)  # pydantic's name for a choice in a place
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 

@@ -67,7 +67,7 @@ def test_every_mistake_in_one_message(project: Path, encoding: str) -> None:
     expected = [
         "6 problems:",
         "  配置.yaml line 4: lora_rnk: unknown key; did you mean lora_rank?",
-        '  配置.yaml line 5: batch_size: found the text "four", must be a whole number',
+        '  配置.yaml line 5: batch_size: found the text "four", must be auto, or a whole number',
         "  command line: seed: found -1, must be at least 0",
         "  配置.yaml line 1: base_model: 模型/v1-5.ckpt: a .ckpt file is a Python pickle",
         "  metadata.csv line 3: ",

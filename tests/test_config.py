@@ -327,7 +327,7 @@ base_modell: m
     assert problems(file, text, "output_dri=o", "save_steps=no") == [
         "my.yaml line 1: resolution: found 500, must be a multiple of bucket_step (64)",
         "my.yaml line 2: lora_rnk: unknown key; did you mean lora_rank?",
-        'my.yaml line 4: batch_size: found the text "two", must be a whole number',
+        'my.yaml line 4: batch_size: found the text "two", must be auto, or a whole number',
         "my.yaml line 5: epochs stands twice, first in line 3; keep one",
         "my.yaml line 7: sample_prompts.0.promt: unknown key; did you mean prompt?",
         "my.yaml line 8: sample_prompts.0.steps: found 0, must be at least 1",

@@ -110,7 +110,7 @@ def metadata(
         ),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_optimizer": config.optimizer,
-        "ss_batch_size_per_device": str(config.batch_size),
+        "ss_batch_size_per_device": str(config.micro_batch),
         "ss_gradient_accumulation_steps": str(config.gradient_accumulation_steps),
         "ss_steps": str(position.step),
         "ss_max_train_steps": str(config.max_train_steps or position.step),

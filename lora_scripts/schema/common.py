@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from lora_scripts.schema.fields import ModelField, PathField, PositiveInt, Section
+from lora_scripts.schema.fields import (
+    BatchField,
+    ModelField,
+    PathField,
+    PositiveInt,
+    Section,
+    usable_name,
+)
 from lora_scripts.schema.image_parts import ImageDataset
 from lora_scripts.schema.misfits import misfits_of
 from lora_scripts.schema.text_parts import TextDataset
 
 Dataset = ImageDataset | TextDataset
+BATCH = "Samples at once; auto: as many as fit, gradient_accumulation_steps being those of a step."
 PRODIGY_RATE = 1.0  # Prodigy finds the rate itself; what is given only scales it
 
 
@@ -62,7 +70,7 @@ class CommonConfig(Section):
     # --- training
     epochs: PositiveInt = Field(10, description="Passes over the data.")
     max_train_steps: PositiveInt | None = Field(None, description="A cap on the epochs.")
-    batch_size: PositiveInt = Field(1, description="Pictures or rows per device and micro-batch.")
+    batch_size: BatchField = Field(1, description=BATCH)
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="Micro-batches per optimizer step."
     )
@@ -105,6 +113,9 @@ class CommonConfig(Section):
         "auto", description="auto takes CUDA where there is one."
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Every random choice follows from it.")
+    deterministic: bool = Field(
+        False, description="Slower on cards: two runs, resumed or not, are equal to the last bit."
+    )
 
     # --- what is seen meanwhile
     eval_steps: PositiveInt = Field(100, description="Steps between two measurements of the loss.")
@@ -119,7 +130,7 @@ class CommonConfig(Section):
 
     # --- what comes out
     output_dir: PathField = Field(description="Folder of this run.")
-    output_name: str = Field(
+    output_name: Annotated[str, AfterValidator(usable_name)] = Field(
         default_factory=lambda data: data["output_dir"].resolve().name,
         min_length=1,
         max_length=100,
@@ -145,6 +156,17 @@ class CommonConfig(Section):
         min_length=1,
         description="auto: go on where the folder stands; never: start anew; or a checkpoint.",
     )
+
+    @property
+    def micro_batch(self) -> int:
+        """`batch_size` as a number.
+
+        Raises:
+            ValueError: while it is still auto (`batch_size.settle` chooses).
+        """
+        if self.batch_size == "auto":
+            raise ValueError("batch_size is auto; no batch has been chosen yet")
+        return self.batch_size
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from lora_scripts import wording
+from lora_scripts import file_names, wording
 
 
 def usable_path(path: str) -> str:
@@ -20,6 +20,13 @@ def usable_path(path: str) -> str:
             "escape: write / or use single quotes"
         )
     return path
+
+
+def usable_name(name: str) -> str:
+    """No name that a system takes for something else: a device, say."""
+    if trouble := file_names.trouble(name):
+        raise ValueError(trouble)
+    return name
 
 
 def _in_home(path: Path) -> Path:
@@ -42,6 +49,7 @@ PathField = Annotated[
 ]
 ModelField = Annotated[str, AfterValidator(usable_path)]  # a hub id or a path
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+BatchField = Literal["auto"] | PositiveInt
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(gt=0, le=1000)]
 Name = Annotated[str, Field(min_length=1)]

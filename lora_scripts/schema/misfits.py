@@ -63,6 +63,9 @@ def _of_pictures(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _of_training(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("batch_size") == "auto" and values.get("gradient_accumulation_steps") == 1:
+        what = "found auto; write in gradient_accumulation_steps how many samples make a step: 8"
+        yield "batch_size", what
     if values.get("lr_num_cycles", 3) != 3 and values.get("lr_scheduler") != "cosine_with_restarts":
         yield "lr_num_cycles", "does nothing without lr_scheduler: cosine_with_restarts"
     rate, text_rate = values.get("learning_rate"), values.get("text_encoder_learning_rate")

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from lora_scripts.schema.common import CommonConfig, Dataset, rate_for
-from lora_scripts.schema.fields import ModelField, Names, PositiveInt
+from lora_scripts.schema.common import BATCH, CommonConfig, Dataset, rate_for
+from lora_scripts.schema.fields import BatchField, ModelField, Names, PositiveInt
 from lora_scripts.schema.text_parts import TextDataset, TextPromptField
 
 
@@ -72,7 +72,7 @@ class TextConfig(CommonConfig):
         description="Scale of the update is lora_alpha / lora_rank; default: twice lora_rank.",
     )
     epochs: PositiveInt = Field(3, description="Passes over the data.")
-    batch_size: PositiveInt = Field(4, description="Pictures or rows per device and micro-batch.")
+    batch_size: BatchField = Field(4, description=BATCH)
     gradient_accumulation_steps: PositiveInt = Field(
         4, description="Micro-batches per optimizer step."
     )

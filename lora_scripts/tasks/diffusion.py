@@ -6,7 +6,7 @@ Tensor suffixes: B batch, C channels, H height, W width (latent), T training tim
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class DiffusionTask:
     def __init__(self, config: ImageConfig, family: ImageFamily, data: Gathered) -> None:
         _check_sample_sizes(config, family.pixel_multiple)
         self.config = config
+        self.batch = config.micro_batch
         self.family = family
         self.train_set = PictureSet.repeated(data.train, data.regularisation)
         self.held_out = bool(data.validation)
@@ -86,6 +87,13 @@ class DiffusionTask:
         beside = f", {kept} for regularisation" if kept else ""
         return f"{self.items} pictures ({sizes}){beside}, {held_out} held out"
 
+    def inventory(self) -> Iterator[tuple[str, str]]:
+        """Where each picture lies, and a hash of its part in the run."""
+        sets = (self.train_set, self.validation_set) if self.held_out else (self.train_set,)
+        shown = [picture for part in sets for picture in (*part.pictures, *part.regularisation)]
+        unique = dict.fromkeys(shown)
+        return ((str(p.record.path), cache.key_of(_picture_id(p))) for p in unique)
+
     def advice(self, steps: int, views: float) -> str | None:
         """What a person with so few steps, or views of each picture, should know."""
         if steps >= FEW_STEPS and views >= FEW_VIEWS:
@@ -121,7 +129,7 @@ class DiffusionTask:
         self.reader.encode(learned, self.validation_set.pictures, progress)
 
     def plan(self, key: Key) -> Sequence[Indices]:
-        size = self.config.batch_size
+        size = self.batch
         return self._set_of(key).batches(size, key.seed, key.split, "order", epoch=key.epoch)
 
     def load(self, indices: Indices, key: Key) -> Batch:

@@ -6,7 +6,7 @@ Tensor suffixes: B batch, T tokens of a row (packed: of all rows), N tokens to l
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class LanguageTask:
 
     def __init__(self, config: TextConfig, base: CausalLM, rows: Sequence[text.Row]) -> None:
         self.config = config
+        self.batch = config.micro_batch
         self.base = base
         self.rows = rows
         self.format = ChatFormat(base.tokenizer, config.chat_template, config.system_prompt)
@@ -111,7 +112,7 @@ class LanguageTask:
             views = self.data.train.views(key.seed, key.split, "order", epoch=key.epoch)
         lengths = None if self.packed else self.data.encoding.lengths()
         parts = (key.seed, key.split, "batches", key.epoch)
-        return text.batches(views, self.config.batch_size, lengths, *parts)
+        return text.batches(views, self.batch, lengths, *parts)
 
     def load(self, indices: Indices, key: Key) -> Batch:
         rows = [self.data.encoding.read(index) for index in indices]
@@ -161,6 +162,13 @@ class LanguageTask:
             f"{len(self.rows):,} rows: {self.items:,} samples to learn from with "
             f"{int(lengths.sum()):,} tokens ({learned:,} learned; the longest sample has "
             f"{lengths.max():,}), {held_out} held out"
+        )
+
+    def inventory(self) -> Iterator[tuple[str, str]]:
+        """Where each row stands, and a hash of what it says and how often it is learned."""
+        return (
+            (record.where, cache.key_of(text.content_of(record), data.weight, data.role))
+            for record, data in self.rows
         )
 
     def advice(self, steps: int, views: float) -> str | None:

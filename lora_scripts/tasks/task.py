@@ -42,7 +42,13 @@ class Key:
 
 
 class Task(Protocol):
-    """What the loop knows of images or texts: nothing but this."""
+    """What the loop knows of images or texts: nothing but this.
+
+    Attributes:
+        batch: Samples of a micro-batch; may be changed before the first step.
+    """
+
+    batch: int
 
     @property
     def adapted(self) -> Mapping[str, nn.Module]:

@@ -359,6 +359,13 @@ FITTED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 250M, 64,000 tokens known, bf16": (
         "Llama 250M", {**TEXT, "batch_size": 4, "words": 200, "mixed_precision": "bf16"}
     ),
+    "SD small, 256², batch 6, accumulated": (
+        "SD small", {"resolution": 256, "batch_size": 6, "gradient_accumulation_steps": 2}
+    ),
+    "Llama 250M, packed, 2 rows, accumulated": (
+        "Llama 250M",
+        {**TEXT, "batch_size": 2, "words": 120, "gradient_accumulation_steps": 2},
+    ),
 }  # fmt: skip
 PROOF: dict[str, tuple[str, dict[str, Any]]] = {
     "SD small, 320², batch 3, bf16": (
@@ -375,23 +382,23 @@ PROOF: dict[str, tuple[str, dict[str, Any]]] = {
         {"resolution": 512, "batch_size": 2, "gradient_checkpointing": True,
          "mixed_precision": "bf16"},
     ),
-    "SD small, 256², batch 6, accumulated": (
-        "SD small", {"resolution": 256, "batch_size": 6, "gradient_accumulation_steps": 2}
-    ),
     "Llama 110M, packed, 3 rows, bf16": (
         "Llama 110M", {**TEXT, "batch_size": 3, "words": 250, "mixed_precision": "bf16"}
     ),
     "Llama 110M, packed, 6 short rows, attention only": (
         "Llama 110M", {**TEXT, "batch_size": 6, "words": 60, "lora_targets": "attention"}
     ),
-    "Llama 250M, packed, 2 rows, accumulated": (
-        "Llama 250M",
-        {**TEXT, "batch_size": 2, "words": 120, "gradient_accumulation_steps": 2},
-    ),
     "Llama 250M, packed, 4 rows, checkpointing, bf16": (
         "Llama 250M",
         {**TEXT, "batch_size": 4, "words": 250, "gradient_checkpointing": True,
          "mixed_precision": "bf16"},
+    ),
+    "SD small, 320², batch 2, accumulated": (
+        "SD small", {"resolution": 320, "batch_size": 2, "gradient_accumulation_steps": 3}
+    ),
+    "Llama 110M, packed, 3 rows, accumulated": (
+        "Llama 110M",
+        {**TEXT, "batch_size": 3, "words": 120, "gradient_accumulation_steps": 2},
     ),
     "SD1.5, 512², batch 1, bf16": ("SD1.5", {"resolution": 512, "mixed_precision": "bf16"}),
 }  # fmt: skip

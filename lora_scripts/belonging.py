@@ -6,7 +6,6 @@ Headers and configs are read, no tensor is: layers are compared by name and shap
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,28 +185,14 @@ def _text_model(base: TextSignature) -> nn.Module | None:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from lora_scripts.models import causal_lm
+
     is_known = base.config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if base.layout == "transformers" and not is_known:
         return None
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(_config_of(base))
+        model: nn.Module = AutoModelForCausalLM.from_config(causal_lm.load_config(base))
     return model
-
-
-def _config_of(base: TextSignature) -> Any:
-    from lora_scripts.models import causal_lm
-
-    if base.layout == "gguf":
-        return _gguf_config(base.path, base.path.stat().st_mtime_ns)
-    return causal_lm.load_config(base)
-
-
-@lru_cache(maxsize=1)
-def _gguf_config(path: Path, changed: int) -> Any:
-    """Reading the vocabulary of a .gguf file takes seconds; `changed`: when the file was."""
-    from lora_scripts.models import causal_lm
-
-    return causal_lm.load_config(read_text_signature(path))
 
 
 # --- layers ---------------------------------------------------------------------------------------

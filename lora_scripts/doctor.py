@@ -194,7 +194,7 @@ def _memory(config: Config, rows: Sequence[preflight.Row]) -> Section:
         settled = batch_size.settle(config, rows, compute, None)
         return Section("Memory", *memory_check.findings(settled, rows, compute))
     except UserError as error:
-        return Section("Memory", [Finding("memory", str(error), state="bad")])
+        return Section("Memory", [Finding("memory", f"not known: {error}", state="note")])
 
 
 def _error(problems: Sequence[Problem]) -> UserError | None:

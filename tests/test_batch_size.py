@@ -38,7 +38,7 @@ def test_all_that_fits_is_taken_at_once(sd_folder: Path, pictures: Path, tmp_pat
 
 def test_the_largest_divisor_that_fits(sd_folder: Path, pictures: Path, tmp_path: Path) -> None:
     values = runs.values(sd_folder, pictures, tmp_path, batch_size="auto",
-                         gradient_accumulation_steps=12, resolution=256)  # fmt: skip
+                         gradient_accumulation_steps=12, resolution=512)  # fmt: skip
     draft = read(toys.write_config(tmp_path / "run.yaml", **values))
     rows, _ = inputs(draft)
     config, compute = draft.checked(), choose("cpu", "no")

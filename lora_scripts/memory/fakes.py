@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_scripts.device import Compute
+from lora_scripts.logs import silent
 from lora_scripts.models import causal_lm, header, lora
 from lora_scripts.models.family import Options
 from lora_scripts.models.json_file import read_json
@@ -170,13 +171,14 @@ def _family(
 
     nowhere = Compute(torch.device("meta"), compute.precision)
     options = Options(clip_skip=config.clip_skip, max_caption_tokens=config.max_caption_tokens)
-    said = prediction.Said("epsilon", "memory does not depend on it")
+    said = prediction.Said("epsilon")
     given: Any = parts
-    match found.family:
-        case "sd1" | "sd2" as name:
-            return sd.StableDiffusion(name, given, nowhere, options, said)
-        case "sdxl":
-            return sdxl.StableDiffusionXL(given, nowhere, options, said, zeros_for_empty=True)
+    with silent():  # what it predicts is said by the run
+        match found.family:
+            case "sd1" | "sd2" as name:
+                return sd.StableDiffusion(name, given, nowhere, options, said)
+            case "sdxl":
+                return sdxl.StableDiffusionXL(given, nowhere, options, said, zeros_for_empty=True)
 
 
 def _empty_parts(found: Signature, dtype: torch.dtype) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lora_scripts.memory.tracker import Event
 
 MAPPED = 32 * 2**20  # bytes from which glibc maps a block alone (DEFAULT_MMAP_THRESHOLD_MAX)
 SMALL = 1024  # bytes below which blocks come from bins of their own
+SWEPT_BETWEEN = 0.3  # of the pieces, freed with the graph of a micro-batch within a step
 PIECES = 96  # alignment, and the smallest block: what `memalign` asks for beyond the size
 STAYING, STAYING_THRIFTY = 0.96, 0.7  # of the pieces; fitted to real steps (docs/memory.md)
 REPLAYS = 5  # with other pieces taken, of which the middle one counts
@@ -94,11 +95,17 @@ class Heap:
         for address in self._attached.pop(name, ()):
             self._join(address, PIECES)
 
-    def sweep(self) -> None:
-        """The small objects in the pieces die, too: at the end of a step."""
-        for address in (*self._pieces, *self._waiting):
+    def sweep(self, share: float = 1.0) -> None:
+        """Small objects in the pieces die, too: all of them, or a share."""
+        kept = []
+        for address in self._pieces:
+            if self._random.random() < share:
+                self._join(address, PIECES)
+            else:
+                kept.append(address)
+        for address in self._waiting:
             self._join(address, PIECES)
-        self._pieces, self._waiting = [], []
+        self._pieces, self._waiting = kept, []
 
     def _place(self, needed: int) -> int:
         index = bisect.bisect_left(self._holes, (needed, -1))
@@ -152,6 +159,7 @@ def growth_of_steps(
         for step in range(STEPS):
             gradients = _play(heap, events, 0)
             for batch in range(1, min(batches, MOST_BATCHES)):
+                heap.sweep(SWEPT_BETWEEN)
                 for name in _play(heap, events, batch):
                     heap.give(name)
             for number, size in enumerate(lasting if step == 0 else ()):

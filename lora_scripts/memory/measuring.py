@@ -41,10 +41,10 @@ class Peak:
 def micro_step(task: Task, config: Config, compute: Compute) -> Peak:
     """Forward and backward of the heaviest micro-batch, without a trace in what is trained.
 
-    Twice: the second time as in a later step of the run, with memory taken for what the optimizer
-    keeps, and for the gradients of earlier micro-batches. The heap has more gaps then, and code
-    that runs for the first time is not timed. Gradients are dropped, the global generator and the
-    modules are as they were.
+    Twice, as in two steps of the run: in the second one memory is taken for what the optimizer
+    keeps. The heap has more gaps then, and code that runs for the first time is not timed. With
+    accumulation each of the two has a second micro-batch, which finds the gradients of the first.
+    Gradients are dropped, the global generator and the modules are as they were.
 
     Args:
         task: Encoded and attached.
@@ -63,15 +63,7 @@ def micro_step(task: Task, config: Config, compute: Compute) -> Peak:
         torch.cuda.reset_peak_memory_stats(compute.device)
     try:
         with torch.random.fork_rng(devices=[compute.device] if on_card else []):
-            _forward_and_backward(task, config, compute, indices, key)
-            kept = [torch.zeros(n, dtype=torch.uint8, device=compute.device)
-                    for n in _lasting(task, config)]  # fmt: skip
-            if config.gradient_accumulation_steps == 1:
-                _drop_gradients(task)
-            started = time.perf_counter()
-            _forward_and_backward(task, config, compute, indices, key)
-        seconds = time.perf_counter() - started
-        del kept
+            seconds = _steps(task, config, compute, indices, key)
         gpu = torch.cuda.max_memory_reserved(compute.device) if on_card else 0
         return Peak(gpu, room.peak_resident(), before, seconds)
     finally:
@@ -104,6 +96,23 @@ def corrected(estimate: Estimate, peak: Peak) -> Estimate:
     return replace(estimate, phases=phases, measured=True)
 
 
+def _steps(task: Task, config: Config, compute: Compute, indices: Indices, key: Key) -> float:
+    """Two steps. Returns the seconds of the last micro-batch."""
+    kept: list[torch.Tensor] = []
+    for _ in range(2):
+        for _ in range(min(config.gradient_accumulation_steps, 2)):
+            started = time.perf_counter()
+            _forward_and_backward(task, config, compute, indices, key)
+            seconds = time.perf_counter() - started
+        if not kept:
+            kept = [
+                torch.zeros(size, dtype=torch.uint8, device=compute.device)
+                for size in _lasting(task, config)
+            ]
+        _drop_gradients(task)
+    return seconds
+
+
 def _lasting(task: Task, config: Config) -> list[int]:
     """Bytes of each tensor that is there from the first step on: optimizer, moving average."""
     parameters = trained_parameters(task)
@@ -123,10 +132,12 @@ def _before(parts: Mapping[str, int], estimate: Estimate) -> int:
 
 def _heaviest(task: Task, config: Config) -> tuple[Indices, Key]:
     """The micro-batch that takes most, and its place in the run."""
-    key = Key(config.seed, "train", 0)
     match task:
         case DiffusionTask():
-            return heaviest.most_pixels(task.train_set, task.plan(key)), key
+            # weights below 1 may leave an epoch empty
+            keys = (Key(config.seed, "train", epoch) for epoch in range(config.epochs))
+            key, batches = next((key, batches) for key in keys if (batches := task.plan(key)))
+            return heaviest.most_pixels(task.train_set, batches), key
         case LanguageTask():
             assert isinstance(config, TextConfig)
             keys = {e: Key(config.seed, "train", e) for e in heaviest.epochs(config)}

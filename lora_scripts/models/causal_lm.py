@@ -113,6 +113,15 @@ def _gguf_tokenizer(path: Path, changed: int, size: int) -> Any:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
+@lru_cache(maxsize=1)
+def _gguf_config(path: Path, changed: int, size: int) -> Any:
+    """The config in a .gguf file; as `_gguf_tokenizer`."""
+    from transformers import AutoConfig
+
+    with _gguf_reading(path):
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a transformers folder or of a finished run.
 
@@ -144,8 +153,8 @@ def load_config(found: TextSignature) -> Any:
             rope = chatglm.rope_rule(found.path, found.config)
             return chatglm.convert_config(found.config, rope)
         case "gguf":
-            with _gguf_reading(found.path):
-                return AutoConfig.from_pretrained(found.path.parent, gguf_file=found.path.name)
+            status = found.path.stat()
+            return copy.deepcopy(_gguf_config(found.path, status.st_mtime_ns, status.st_size))
         case "transformers":
             _check_known(found, trust_remote_code=False)
             with foreign.reading(found.path / "config.json", "the model's config"):

@@ -99,7 +99,7 @@ def test_what_a_finished_run_holds(finished: tuple[Path, Path]) -> None:
     card = (output / "README.md").read_text(encoding="utf-8")
     assert f'AutoModelForCausalLM.from_pretrained("{base}")' in card
     assert f'PeftModel.from_pretrained(model, "{output.as_posix()}")' in card
-    assert "> What is number 3?" in card
+    assert "\nWhat is number 3?\n" in card
     rows = [row for row in runs.metrics(output) if "loss" in row]
     assert rows[-1]["tokens"] > 1000
 

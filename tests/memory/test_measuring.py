@@ -112,10 +112,10 @@ def test_a_card_is_corrected_by_what_was_reserved() -> None:
     assert corrected(estimate, peak).peak_gpu == 900 * MB
 
 
-def test_memory_for_the_optimizers_state_is_taken(
+def test_gradients_of_an_earlier_micro_batch_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second of the two micro-steps finds it taken, and the gradients of the first one."""
+    """With accumulation a second micro-batch finds the gradients of the first one."""
     base = toys.save_stable_diffusion(tmp_path / "base")
     data = toys.save_pictures(tmp_path / "data")
     task, config, compute = runs.task(base, data, tmp_path, gradient_accumulation_steps=2)
@@ -128,4 +128,4 @@ def test_memory_for_the_optimizers_state_is_taken(
 
     monkeypatch.setattr(task, "loss", noted)
     micro_step(task, config, compute)
-    assert there == [0, len(parameters)]
+    assert there == 2 * [0, len(parameters)]

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lora_scripts import disk, memory_check
 from lora_scripts.device import Compute
 from lora_scripts.errors import UserError
+from lora_scripts.memory import Estimate
 from lora_scripts.models import signature
 from lora_scripts.models.family import ImageFamily, Options
 from lora_scripts.models.signature import Signature
@@ -48,6 +50,10 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(signature, "read_signature", recognise)
     monkeypatch.setattr(build, "read_signature", recognise)
     monkeypatch.setattr(build, "load_family", load)
+    # memory and disk are foretold from the family's modules: a `case` each, docs/adding_a_family.md
+    monkeypatch.setattr(disk, "check", lambda config, rows: None)
+    monkeypatch.setattr(memory_check, "before", lambda *run: Estimate([], "", {}))
+    monkeypatch.setattr(memory_check, "after", lambda *run: None)
     return tmp_path / "base"
 
 

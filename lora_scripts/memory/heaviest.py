@@ -53,8 +53,11 @@ def of_pictures(
     data = images.gather(rows, config, pixel_multiple)
     learned = PictureSet.repeated(data.train, data.regularisation)
     parts = config.max_caption_tokens // TOKENS_A_PART
-    batches = learned.batches(config.micro_batch, config.seed, "train", "order")
-    batch = most_pixels(learned, batches)
+    epochs = (  # weights below 1 may leave an epoch empty
+        learned.batches(config.micro_batch, config.seed, "train", "order", epoch=epoch)
+        for epoch in range(config.epochs)
+    )
+    batch = most_pixels(learned, next(batches for batches in epochs if batches))
     every = [*data.train, *data.regularisation, *data.validation]
     sides = max((picture.bucket for picture in every), key=lambda side: side[0] * side[1])
     return Pictures(len(batch), *learned.at(batch[0]).bucket, parts), Pictures(1, *sides, parts)

@@ -135,8 +135,8 @@ def _heaviest(task: Task, config: Config) -> tuple[Indices, Key]:
     match task:
         case DiffusionTask():
             # weights below 1 may leave an epoch empty
-            keys = (Key(config.seed, "train", epoch) for epoch in range(config.epochs))
-            key, batches = next((key, batches) for key in keys if (batches := task.plan(key)))
+            epochs = (Key(config.seed, "train", epoch) for epoch in range(config.epochs))
+            key, batches = next((key, batches) for key in epochs if (batches := task.plan(key)))
             return heaviest.most_pixels(task.train_set, batches), key
         case LanguageTask():
             assert isinstance(config, TextConfig)

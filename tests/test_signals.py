@@ -135,6 +135,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_last_checkpoint_is_good(
     path = config(llama, rows, tmp_path, gradient_accumulation_steps=LONG_STEP)
     train = Train(path)
     train.wait_for(lambda train: has_taken(2)(train) and (2 in steps_saved(train.output)))
+    time.sleep(0.5)  # the third step is under way: at the end of the second it would stop there
     train.send(signal.SIGINT)
     train.wait_for(lambda train: "press Ctrl-C again to stop at once" in train.said())
     sent = time.monotonic()

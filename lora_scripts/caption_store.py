@@ -134,7 +134,7 @@ def load(store: Path) -> list[Stored]:
         if found["format_version"] != FORMAT_VERSION:
             raise ValueError
         return [_stored(store.parent, entry) for entry in found["files"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         what = "this is no edit that this version can take back; remove it to edit all the same"
         raise user_error(show_path(store), what) from None
 

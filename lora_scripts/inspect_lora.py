@@ -197,6 +197,6 @@ def _tags(metadata: Mapping[str, str]) -> list[tuple[str, int]]:
         total: Counter[str] = Counter()
         for tags in folders.values():
             total.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return []  # somebody else's file, written otherwise
     return total.most_common(TAGS_SHOWN)

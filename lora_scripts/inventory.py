@@ -44,7 +44,7 @@ def changes(folder: Path, samples: Iterable[Sample]) -> str:
     try:
         with gzip.open(folder / INVENTORY, "rt", encoding="utf-8") as stream:
             before = [(str(where), str(content)) for where, content in map(json.loads, stream)]
-    except (OSError, EOFError, ValueError, TypeError, zlib.error):
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
         before = []
     if not before:
         return ""  # an older run, or a damaged file: the hash of all has told that they differ

@@ -117,5 +117,5 @@ def _read(path: Path) -> Holder | None:
     """Who holds or held a folder; None if nobody has noted it."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None

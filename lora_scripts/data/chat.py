@@ -271,8 +271,9 @@ def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
         return call
     try:
         parsed = {**function, "arguments": json.loads(function["arguments"])}
-    except json.JSONDecodeError as error:
-        what = f"the arguments of a call of {function['name']} are not valid JSON ({error.msg})"
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        what = f"the arguments of a call of {function['name']} are not valid JSON ({reason})"
         raise user_error("tool_calls", what) from None
     return {**call, "function": parsed} if "function" in call else parsed
 

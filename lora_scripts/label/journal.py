@@ -129,7 +129,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def _is_object(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

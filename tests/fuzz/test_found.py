@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import struct
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_scripts import inspect_lora, run_folder
+from lora_scripts import caption_store, inspect_lora, inventory, run_folder, run_lock
+from lora_scripts.data import chat
 from lora_scripts.device import Compute
 from lora_scripts.errors import UserError
+from lora_scripts.label import journal
 from lora_scripts.models import causal_lm, foreign, lora
 from lora_scripts.models.gguf_header import read_gguf_header
 from lora_scripts.models.header import read_header
@@ -239,3 +242,21 @@ def test_no_matrices_for_a_peft_folder(tmp_path: Path) -> None:
     tensors = load_file(path)
     save_file({name: t for name, t in tensors.items() if "lora_A" in name}, path)
     assert "lacks the second matrix" in refused(lora.read_peft, tmp_path)
+
+
+def test_nesting_without_end(tmp_path: Path) -> None:
+    """Python's JSON reader answers it with a RecursionError."""
+    deep = "[" * 100_000
+    (tmp_path / "store.json").write_text(deep, encoding="utf-8")
+    assert "no edit that this version can take back" in refused(
+        caption_store.load, tmp_path / "store.json"
+    )
+    with gzip.open(tmp_path / inventory.INVENTORY, "wt", encoding="utf-8") as stream:
+        stream.write(deep + "\n")
+    assert inventory.changes(tmp_path, [("a.png", "hash")]) == ""
+    assert inspect_lora._tags({"ss_tag_frequency": deep}) == []
+    (tmp_path / "holder.json").write_text(deep, encoding="utf-8")
+    assert run_lock._read(tmp_path / "holder.json") is None
+    assert not journal._is_object(deep.encode())
+    call = {"name": "look", "arguments": deep}
+    assert "the arguments of a call of look are not valid JSON" in refused(chat._with_object, call)

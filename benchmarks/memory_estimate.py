@@ -1,12 +1,13 @@
 """How much memory a run takes: foretold from shapes, after one micro-step, and measured.
 
-    python benchmarks/memory_estimate.py [--only NAME …] [--folder DIR] [--real]
+    python benchmarks/memory_estimate.py [--only NAME …] [--alone] [--folder DIR] [--real]
 
 Each configuration is trained in a process of its own (load, encode, two steps, checkpoint, export,
 reload) on a model of the real class with random weights; measured is the largest resident set that
 the system has seen of it. The estimates come from other processes that train nothing. Rows marked †
 were looked at while the constants were chosen, the others were not. `--real` adds the whole shapes
-of SD1.5 at 512 pixels. `--folder` keeps the models for the next time.
+of SD1.5 at 512 pixels. `--alone` maps tensors alone, as a run does where memory is short.
+`--folder` keeps the models for the next time.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_scripts import memory
+from lora_scripts import allocator, memory
 from lora_scripts.device import Compute
 from lora_scripts.memory import Estimate, Peak, Phase
 from lora_scripts.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
+ALONE = "alone:"  # before a piece of work: with tensors mapped alone
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=None)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="tensors mapped alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.folder or Path(name)
         chosen = arguments.only or [n for n in CASES if arguments.real or CASES[n].base != "SD1.5"]
         print(HEAD)
         for case in chosen:
-            print(line(folder, case), flush=True)
+            print(line(folder, case, alone=arguments.alone), flush=True)
 
 
 HEAD = """\
@@ -70,9 +73,9 @@ class Figures:
     corrected: int
 
 
-def line(folder: Path, name: str) -> str:
+def line(folder: Path, name: str, *, alone: bool) -> str:
     """A row of the table."""
-    found = figures(folder, name)
+    found = figures(folder, name, alone=alone)
     imports, measured = found.imports, found.measured
     beyond = (found.foretold - imports) / (measured - imports) - 1
     return (
@@ -82,22 +85,27 @@ def line(folder: Path, name: str) -> str:
     )
 
 
-def figures(folder: Path, name: str) -> Figures:
+def figures(folder: Path, name: str, *, alone: bool = False) -> Figures:
     """Foretell, take a micro-step, train: each in a process of its own."""
-    case = CASES[name]
-    base = folder / "bases" / case.base.replace(" ", "_").lower()
-    if not base.is_dir():
-        half = base.with_suffix(".half")
-        call("base", case.base, str(half))
-        half.rename(base)
-    config = write_config(folder, name, base)
-    estimate = estimate_of(json.loads(call("foretell", str(config))))
-    peak = Peak(**json.loads(call("step", str(config))))
+    config = write_config(folder, name, base_of(folder, name))
+    way = ALONE if alone else ""
+    estimate = estimate_of(json.loads(call(f"{way}foretell", str(config))))
+    peak = Peak(**json.loads(call(f"{way}step", str(config))))
     shutil.rmtree(folder / "output", ignore_errors=True)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    found = json.loads(call("train", str(config)))
+    found = json.loads(call(f"{way}train", str(config)))
     corrected = memory.corrected(estimate, peak).peak_ram
     return Figures(found["imports"], found["peak"], estimate.peak_ram, corrected)
+
+
+def base_of(folder: Path, name: str) -> Path:
+    """The model of a case, made if need be."""
+    base = folder / "bases" / CASES[name].base.replace(" ", "_").lower()
+    if not base.is_dir():
+        half = base.with_suffix(".half")
+        call("base", CASES[name].base, str(half))
+        half.rename(base)
+    return base
 
 
 def estimate_of(told: Mapping[str, Any]) -> Estimate:
@@ -182,7 +190,9 @@ def child(what: str, *arguments: str) -> None:
     work: dict[str, Callable[..., None]] = {
         "base": make_base, "foretell": foretell, "step": step, "train": train,
     }  # fmt: skip
-    work[what](*arguments)
+    if what.startswith(ALONE):
+        assert allocator.map_alone()
+    work[what.removeprefix(ALONE)](*arguments)
 
 
 def make_base(name: str, folder: str) -> None:

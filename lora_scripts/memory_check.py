@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lora_scripts import memory
+from lora_scripts import allocator, memory
 from lora_scripts.device import Compute
 from lora_scripts.environment import Finding, State
 from lora_scripts.errors import Problem, UserError
@@ -27,9 +27,26 @@ def before(config: Config, rows: Rows, compute: Compute) -> Estimate:
     Raises:
         UserError: if the device cannot hold it, with the cheapest change that makes it fit.
     """
-    estimate = memory.foretell(config, rows, compute)
+    estimate = _foretold(config, rows, compute)
     _judge(estimate, config, rows, compute)
     return estimate
+
+
+def _foretold(config: Config, rows: Rows, compute: Compute) -> Estimate:
+    """What the run takes; if memory is short, with tensors mapped alone, which takes less."""
+    estimate = memory.foretell(config, rows, compute)
+    room = memory.free(compute)
+    short = estimate.peak_ram > room.ram_free and compute.device.type == "cpu"
+    if not short or allocator.maps_alone() or not allocator.map_alone():
+        return estimate
+    thriftier = memory.foretell(config, rows, compute)
+    also = "" if config.gradient_checkpointing else "; gradient_checkpointing: true may cost less"
+    logger.warning(
+        "Memory is short (about %s, %s free): tensors are mapped alone, which takes about %s, and "
+        "a third to two thirds more time%s",
+        size(estimate.peak_ram), size(room.ram_free), size(thriftier.peak_ram), also,
+    )  # fmt: skip
+    return thriftier
 
 
 def after(foretold: Estimate, peak: Peak, config: Config, rows: Rows, compute: Compute) -> None:
@@ -54,7 +71,7 @@ def findings(config: Config, rows: Rows, compute: Compute) -> tuple[list[Finding
         UserError: if base model or data cannot be taken.
     """
     room = memory.free(compute)
-    estimate = memory.foretell(config, rows, compute)
+    estimate = _foretold(config, rows, compute)
     places: list[tuple[str, int, int, int]] = []
     if room.gpu_total is not None and room.gpu_free is not None:
         places.append(("GPU memory", estimate.peak_gpu, room.gpu_total, room.gpu_free))

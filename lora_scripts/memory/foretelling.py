@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_scripts import allocator
 from lora_scripts.device import Compute
 from lora_scripts.memory import fakes, heap, heaviest, imagined, room
 from lora_scripts.memory.estimate import STEP, Estimate, Phase
@@ -174,6 +175,7 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
     trained = _trained(found, config, sum(states))
     batches = config.gradient_accumulation_steps
     thrifty = config.gradient_checkpointing
+    alone = allocator.maps_alone()  # then there are no gaps
     grown = heap.growth_of_steps(found.step.events, batches, states, thrifty=thrifty)
 
     def phase(name: str, parts: Mapping[str, int], visiting: Sequence[str] = ()) -> Phase:
@@ -187,17 +189,20 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
     phases = [_loading("loading", found, always, gpu, there)]
     if ENCODING in found.passes:
         trace = found.passes[ENCODING]
-        parts = _passing(trace, {}, on_card, heap.growth(trace.events).total)
+        whole = trace.at_work if alone else heap.growth(trace.events).total
+        parts = _passing(trace, {}, on_card, whole)
         phases.append(phase(ENCODING, parts, ["vae"]))
         if on_card:
             readers = [part for part in found.weights if part.startswith("text")]
             phases.append(phase(CAPTIONS, {}, readers))
-    step = _passing(found.step, trained, on_card, grown.total - sum(states))
+    mapped = found.step.at_work + trained["gradients"]
+    step = _passing(found.step, trained, on_card, mapped if alone else grown.total - sum(states))
     phases.append(phase(STEP, step))
     if SAMPLES in found.passes:
         trace = found.passes[SAMPLES]
         own = heap.growth(trace.events)
         kept = max(grown.kept - sum(states), own.kept) + own.mapped
+        kept = trace.at_work if alone else kept
         guests = ["vae"] if "vae" in found.weights else []
         phases.append(phase(SAMPLES, _passing(trace, trained, on_card, kept), guests))
     export = _loading("export", found, always, gpu, there)
@@ -210,7 +215,7 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
 def _passing(trace: Trace, lasting: Mapping[str, int], on_card: bool, grown: int) -> dict[str, int]:
     """What comes and goes beside what lies there throughout.
 
-    `grown`: bytes of the process for what comes and goes, gaps included.
+    `grown`: bytes of the process for what comes and goes, gaps or copies included.
     """
     earlier = lasting.get("gradients", 0)  # of earlier micro-batches: these are added to them
     gradients = 0 if earlier else min(trace.left, trace.peak)
@@ -220,7 +225,8 @@ def _passing(trace: Trace, lasting: Mapping[str, int], on_card: bool, grown: int
     if on_card:
         parts["gaps"] = int(CARD_GAPS * sum(parts.values()))
     else:
-        parts["gaps"] = max(0, grown - trace.peak - earlier)
+        name = "copies at work" if allocator.maps_alone() else "gaps"
+        parts[name] = max(0, grown - trace.peak - earlier)
     return parts
 
 

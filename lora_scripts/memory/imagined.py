@@ -40,12 +40,14 @@ class Trace:
         peak: Bytes that were alive at once.
         logits: Of these, what has the vocabulary's width.
         left: Bytes that were still alive at the end: the gradients.
+        at_work: What was alive at once with what convolutions copy while they are at work.
         events: Every birth and death, to replay them.
     """
 
     peak: int
     logits: int
     left: int
+    at_work: int
     events: Sequence[Event]
 
 
@@ -125,7 +127,8 @@ def of_sizes(sizes: Sequence[int], logits: int = 0) -> Trace:
     """Tensors of these sizes that are alive at once."""
     born = [Event(number, size) for number, size in enumerate(sizes)]
     dead = [Event(event.number, -event.bytes) for event in born]
-    return Trace(sum(sizes), logits, 0, (*born, *dead))
+    total = sum(sizes)
+    return Trace(total, logits, 0, total, (*born, *dead))
 
 
 def encode_picture(fake: fakes.FakeImages, picture: Pictures, mode: FakeTensorMode) -> Trace:
@@ -215,7 +218,8 @@ def _without_gradients(
 
 
 def _trace(tracker: Tracker) -> Trace:
-    return Trace(tracker.peak, tracker.peak_wide, tracker.live, tuple(tracker.events))
+    at_work = max(tracker.peak, tracker.at_work)
+    return Trace(tracker.peak, tracker.peak_wide, tracker.live, at_work, tuple(tracker.events))
 
 
 def _noise(fake: fakes.FakeImages, batch: Pictures) -> torch.Tensor:

@@ -31,6 +31,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         live: Bytes that are alive now.
         peak: The most that was alive at once.
+        at_work: The same with what convolutions copy while they are at work.
         peak_wide: Of these, what belongs to tensors whose last dimension is `wide`.
         events: Every birth and death in order.
     """
@@ -38,7 +39,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, wide: int | None = None) -> None:
         """`wide`: the size of a vocabulary, to tell logits from other activations."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.peak_wide = 0
+        self.live = self.peak = self.peak_wide = self.at_work = 0
         self.events: list[Event] = []
         self._wide = wide
         self._live_wide = 0
@@ -63,6 +64,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
+        self.at_work = max(self.at_work, self.live + _laid_out_anew(func, args, result))
         return result
 
     def _note(self, tensor: torch.Tensor) -> None:
@@ -85,6 +87,25 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.events.append(Event(birth.number, -birth.bytes))
         self.live -= birth.bytes
         self._live_wide -= birth.bytes * is_wide
+
+
+def _laid_out_anew(func: Any, args: Sequence[Any], result: Any) -> int:
+    """Bytes that a convolution takes while it is at work.
+
+    oneDNN copies input or output, whichever is larger, and the kernel into an order of its own.
+    """
+    aten = torch.ops.aten
+    if func is aten.convolution.default:
+        source, kernel, made = args[0], args[1], result
+    elif func is aten.convolution_backward.default:
+        source, kernel, made = args[0], args[2], args[1]  # made: the gradient of the input
+    else:
+        return 0
+    return max(_bytes(source), _bytes(made)) + _bytes(kernel)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:

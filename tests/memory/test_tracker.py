@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,6 +65,62 @@ def test_shared_storages_count_once_and_logits_are_told_apart() -> None:
     assert tracker.peak_wide == 500 * FLOAT
     del states, views, logits
     assert tracker.live == 0
+
+
+def test_a_convolution_lays_its_tensors_out_anew() -> None:
+    mode = FakeTensorMode()
+    with mode:
+        pixels, kernel = torch.empty(1, 4, 32, 32), torch.empty(6, 4, 3, 3)
+        tracker = Tracker()
+        tracker.leave_out([pixels, kernel])
+        with tracker:
+            made = torch.nn.functional.conv2d(pixels, kernel, padding=1)
+    output = 6 * 32 * 32 * FLOAT
+    assert tracker.live == made.nbytes == output
+    assert tracker.peak == output
+    assert tracker.at_work == output + output + 6 * 4 * 3 * 3 * FLOAT
+
+
+WHAT_THE_SYSTEM_SEES = """
+from lora_scripts import allocator
+assert allocator.map_alone()
+import torch
+from diffusers import AutoencoderKL
+from lora_scripts.memory import heap, room
+from lora_scripts.memory.tracker import Tracker, tensors_of
+down, up = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
+vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=[32, 64])
+vae.requires_grad_(False)
+pixels = torch.randn(2, 3, 256, 256).requires_grad_(True)
+
+def step():
+    loss = vae(pixels).sample.square().mean()
+    loss.backward()
+    pixels.grad = None
+
+step()  # code that runs for the first time
+heap.give_back()
+before = room.resident()
+room.forget_peak()
+step()
+seen = room.peak_resident() - before
+tracker = Tracker()
+tracker.leave_out([pixels, *tensors_of(vae)])
+with tracker:
+    step()
+print(seen, max(tracker.peak, tracker.at_work))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems allocate otherwise")
+def test_what_is_counted_is_what_the_system_sees() -> None:
+    """Of a step through a VAE, whose convolutions are the largest of a run."""
+    done = subprocess.run(
+        [sys.executable, "-c", WHAT_THE_SYSTEM_SEES], capture_output=True, text=True, check=True
+    )
+    seen, counted = map(int, done.stdout.split())
+    assert counted > 200e6
+    assert counted == pytest.approx(seen, rel=0.03)
 
 
 class Checkpointed(nn.Module):

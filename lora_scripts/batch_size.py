@@ -14,6 +14,7 @@ from lora_scripts import memory
 from lora_scripts.device import Compute
 from lora_scripts.errors import out_of_memory
 from lora_scripts.memory import Peak
+from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Task
 
@@ -62,6 +63,12 @@ def tried(task: Task, config: Config, compute: Compute, *, may_shrink: bool) -> 
         config = _with(config, smaller)
         task.batch = smaller
         logger.info("That did not fit after all; batch_size: %d is tried", smaller)
+
+
+def smallest(config: Config, processes: Processes) -> Config:
+    """The config with the batch of the process that has found room for least."""
+    found = min(processes.gathered(config.micro_batch))
+    return config if found == config.micro_batch else _with(config, found)
 
 
 def _divisors_below(config: Config) -> Iterator[int]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from lora_scripts.errors import user_error
+from lora_scripts.processes import ALONE, Processes
 
 Precision = Literal["no", "fp16", "bf16"]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -19,10 +20,11 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Compute:
-    """A device and the precision of the frozen weights and of the arithmetic."""
+    """A device, the precision of frozen weights and arithmetic, and who else computes."""
 
     device: torch.device
     precision: Precision
+    processes: Processes = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,8 +60,10 @@ def determinism(*, on: bool) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fills
 
 
-def choose(device: str, precision: str) -> Compute:
+def choose(device: str, precision: str, processes: Processes = ALONE) -> Compute:
     """Resolve `auto`: CUDA where there is one; bf16 where it is native, else fp16 or float32.
+
+    Of several processes each takes its own card, and all the precision that the first has chosen.
 
     Raises:
         UserError: if CUDA is asked for and not there.
@@ -70,11 +74,14 @@ def choose(device: str, precision: str) -> Compute:
         )
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     chosen = torch.device(kind)
+    if kind == "cuda" and processes.size > 1:
+        chosen = torch.device(kind, processes.local_rank)
     if precision == "auto":
         precision = _fastest_on_cuda() if kind == "cuda" else _fastest_on_cpu()
+    precision = processes.told_by_first(precision)
     match precision:
         case "no" | "fp16" | "bf16":
-            return Compute(chosen, precision)
+            return Compute(chosen, precision, processes)
         case _:
             raise ValueError(f"precision {precision!r}")
 

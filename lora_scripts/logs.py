@@ -56,6 +56,11 @@ def _quiet_threads() -> None:
     threading.excepthook = show
 
 
+def quiet() -> None:
+    """Show errors only: another process tells the rest."""
+    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """No progress bars and chatter of the libraries between our own lines."""
     import diffusers

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lora_scripts import __version__, preflight
 from lora_scripts import config as config_file
 from lora_scripts.errors import Problem, UserError, WorkError
-from lora_scripts.logs import file_log, quiet_libraries
+from lora_scripts.logs import file_log, quiet, quiet_libraries
+from lora_scripts.processes import ALONE, Processes, joined
 from lora_scripts.schema import Config, ImageConfig, TextConfig
 
 if TYPE_CHECKING:  # heavy imports happen in `run`, after the config has been checked
@@ -58,18 +59,37 @@ class Ready:
 def run(config_path: Path, overrides: Sequence[str] = (), *, dry: bool = False) -> int:
     """Train the LoRA that a config describes. Returns the exit code: 0 done, 75 resumable.
 
-    `dry` takes a step or a few and exports into a temporary folder, and foretells the whole.
+    `dry` takes a step or a few and exports into a temporary folder, and foretells the whole. Where
+    torchrun has started several processes, this is one of them.
 
     Raises:
         UserError: if config, data or model cannot be worked with; all problems at once.
         WorkError: if the work itself fails.
     """
+    with joined() as processes:
+        return _run_here(config_path, overrides, processes, dry=dry)
+
+
+def _run_here(
+    config_path: Path, overrides: Sequence[str], processes: Processes, *, dry: bool
+) -> int:
+    if not processes.is_first:
+        quiet()
     draft = config_file.read(config_path, overrides)
-    rows, problems = preflight.inputs(draft)
-    preflight.refuse(problems, draft)
+    rows, own = preflight.inputs(draft)
+    problems = preflight.of_all(own, processes)
+    try:
+        preflight.refuse(problems, draft)
+    except UserError as error:
+        if processes.is_first:
+            raise
+        processes.wait()  # until the first has told it, and ends this one
+        raise SystemExit(error.exit_code) from None
     config = draft.checked()
     try:
-        return (_run_dry if dry else _run)(config, draft.source.name, rows, problems)
+        if dry:
+            return _run_dry(config, draft.source.name, rows, problems)
+        return _run(config, draft.source.name, rows, problems, processes)
     except UserError as error:
         raise UserError([draft.source.locate(problem) for problem in error.problems]) from None
     except OSError as error:
@@ -90,30 +110,46 @@ def _said_of_files(error: OSError, output_dir: Path) -> str:
 
 
 def _run(
-    config: Config, config_name: str, rows: Sequence[preflight.Row], warnings: Sequence[Problem]
+    config: Config,
+    config_name: str,
+    rows: Sequence[preflight.Row],
+    warnings: Sequence[Problem],
+    processes: Processes,
 ) -> int:
     preflight.environment(config.device)
 
     from lora_scripts import disk, run_folder, telling
+    from lora_scripts.run_folder import Start
 
+    if not processes.is_first:
+        start = processes.told_by_first(Start())
+        return EXIT_DONE if start.finished else _train(config, config_name, rows, start, processes)
     with run_folder.in_use(config.output_dir):
         run_folder.make_room(config)
         with file_log(config.output_dir / "run.log"):
             start = run_folder.decide(config)
             preflight.say(warnings)
+            if not start.finished:
+                disk.check(config, rows)
+            processes.told_by_first(start)
             if start.finished:
                 telling.finished_before(config)
                 return EXIT_DONE
-            disk.check(config, rows)
-            return _train(config, config_name, rows, start)
+            return _train(config, config_name, rows, start, processes)
 
 
-def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], start: Start) -> int:
+def _train(
+    config: Config,
+    config_name: str,
+    rows: Sequence[preflight.Row],
+    start: Start,
+    processes: Processes,
+) -> int:
     from lora_scripts import device, exhausted, telling
     from lora_scripts.training import loop
 
     with device.determinism(on=config.deterministic):
-        ready = _prepare(config, rows, start)
+        ready = _prepare(config, rows, start, processes)
         export = _export_of(ready)
         with exhausted.answered(ready.config, rows, ready.compute, ready.foretold):
             outcome = loop.train(
@@ -123,6 +159,8 @@ def _train(config: Config, config_name: str, rows: Sequence[preflight.Row], star
             if outcome.interrupted:
                 telling.interrupted(outcome)
                 return EXIT_INTERRUPTED
+            if not processes.is_first:
+                return EXIT_DONE
             telling.how_it_ended(config, outcome)
             finished = _finish(ready, config_name, outcome, export)
     telling.done(finished, export.hints(), time.time() - ready.began)
@@ -142,7 +180,7 @@ def _run_dry(
     dry_run.say_standing(config, run_folder.standing(config))
     disk.check(config, rows)
     with dry_run.elsewhere(config) as moved, device.determinism(on=config.deterministic):
-        ready = _prepare(moved, rows, run_folder.Start())
+        ready = _prepare(moved, rows, run_folder.Start(), ALONE)
         export = _export_of(ready)
         started = time.time() - ready.began
         with exhausted.answered(ready.config, rows, ready.compute, ready.foretold):
@@ -158,7 +196,9 @@ def _run_dry(
     return EXIT_DONE
 
 
-def _prepare(config: Config, rows: Sequence[preflight.Row], start: Start) -> Ready:
+def _prepare(
+    config: Config, rows: Sequence[preflight.Row], start: Start, processes: Processes
+) -> Ready:
     """Everything before the first step: device, memory, model, cache, adapters."""
     from lora_scripts import (
         batch_size,
@@ -175,10 +215,13 @@ def _prepare(config: Config, rows: Sequence[preflight.Row], start: Start) -> Rea
     quiet_libraries()
     began = time.time()
     saved = start.checkpoint[1] if start.checkpoint else None
-    compute = device.choose(config.device, saved.precision if saved else config.mixed_precision)
+    precision = saved.precision if saved else config.mixed_precision
+    compute = device.choose(config.device, precision, processes)
     automatic = config.batch_size == "auto"
-    config = batch_size.settle(config, rows, compute, saved.config if saved else None)
-    foretold = memory_check.before(config, rows, compute)
+    with processes.in_turn():  # rows of text are tokenised here
+        config = batch_size.settle(config, rows, compute, saved.config if saved else None)
+        foretold = memory_check.before(config, rows, compute)
+    config = batch_size.smallest(config, processes)
     with exhausted.answered(config, rows, compute, foretold):
         task = build.build(config, rows, compute)
         if start.checkpoint is not None:
@@ -188,17 +231,21 @@ def _prepare(config: Config, rows: Sequence[preflight.Row], start: Start) -> Rea
                 lambda: inventory.changes(path.parent.parent, task.inventory()),
             )  # fmt: skip
             logger.info("Going on from %s", path)
-        if start.checkpoint is None or config.resume != "auto":
+        anew = start.checkpoint is None or config.resume != "auto"
+        if anew and processes.is_first:
             inventory.write(config.output_dir, task.inventory())
-        task.encode(telling.EncodingLog())
+        with processes.in_turn():
+            task.encode(telling.EncodingLog())
         task.attach()
         seconds = 0.0
         if saved is None:  # a run that goes on has fitted before
             config, peak = batch_size.tried(task, config, compute, may_shrink=automatic)
             memory_check.after(foretold, peak, config, rows, compute)
+            config = batch_size.smallest(config, processes)
+            task.batch = config.micro_batch
             seconds = peak.seconds
-    telling.announce(task, config, compute)
-    total = steps.count(task, config)
+    total = steps.count(task, config, processes, saved.position if saved else None)
+    telling.announce(task, config, compute, total)
     if saved is not None:
         telling.another_length(saved.total_steps, total, config)
     return Ready(task, config, compute, foretold, total, seconds, began)

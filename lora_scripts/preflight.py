@@ -21,6 +21,7 @@ from lora_scripts.errors import UNNAMED, DataError, Problem, UserError, few, use
 from lora_scripts.models import hub, kinds, signature, text_signature, vae_signature
 from lora_scripts.models.header import read_header
 from lora_scripts.models.json_file import read_json
+from lora_scripts.processes import Processes
 from lora_scripts.schema import Dataset, ImageDataset, TextConfig
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,18 @@ def look(draft: Draft) -> Inputs:
         found_in_data += of_pictures
     problems += [replace(problem, kind=problem.kind or UNNAMED) for problem in found_in_data]
     return Inputs(rows, problems, looks)
+
+
+def of_all(own: Sequence[Problem], processes: Processes) -> list[Problem]:
+    """The problems of all processes, once; those that not all have name who has them."""
+    every = processes.gathered((processes.name, list(own)))
+    found = dict.fromkeys(problem for _, problems in every for problem in problems)
+    result = []
+    for problem in found:
+        who = [name for name, problems in every if problem in problems]
+        where = "" if len(who) == len(every) else f" ({', '.join(who)})"
+        result.append(replace(problem, what=f"{problem.what}{where}"))
+    return result
 
 
 def refuse(problems: Sequence[Problem], draft: Draft) -> None:

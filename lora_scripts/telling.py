@@ -27,10 +27,11 @@ logger = logging.getLogger(__name__)
 KINDS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
 
 
-def announce(task: DiffusionTask | LanguageTask, config: Config, compute: Compute) -> None:
-    """What is about to happen, in numbers, before the first step."""
-    total = steps.count(task, config)
-    per_step = config.micro_batch * config.gradient_accumulation_steps
+def announce(
+    task: DiffusionTask | LanguageTask, config: Config, compute: Compute, total: int
+) -> None:
+    """What is about to happen, in numbers, before the first step. `total`: steps of the run."""
+    per_step = config.micro_batch * steps.at_once(config, compute.processes)
     views = total * per_step / task.items
     epochs_end = config.max_train_steps is None or total < config.max_train_steps
     logger.info("Device %s, precision %s", device_name(compute), compute.precision)

@@ -11,7 +11,7 @@ import numpy as np
 from lora_scripts.data import images, text
 from lora_scripts.data.chat import ChatFormat
 from lora_scripts.data.views import PictureSet
-from lora_scripts.models import causal_lm
+from lora_scripts.models import causal_lm, head
 from lora_scripts.models.caption_parts import TOKENS_A_PART
 from lora_scripts.schema import ImageConfig, TextConfig
 from lora_scripts.tasks import build
@@ -100,12 +100,15 @@ def most_tokens(
     settings = model.config.get_text_config()
     by_token = TOKEN_WEIGHT * settings.num_hidden_layers * settings.hidden_size
     by_logit = LOGIT_WEIGHT * settings.vocab_size
+    at_once = head.LOGITS_AT_ONCE // settings.vocab_size if head.looks_plain(model) else None
     lengths, learned = data.encoding.lengths(), data.encoding.learned
 
     def weight(batch: Indices) -> float:
         own = lengths[list(batch)]
         tokens = own.sum() if packed else own.max() * len(own)
-        return float(by_token * tokens + by_logit * learned[list(batch)].sum())
+        logits = learned[list(batch)].sum()
+        logits = logits if at_once is None else min(logits, at_once)
+        return float(by_token * tokens + by_logit * logits)
 
     return max(batches, key=weight)
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lora_scripts.device import Compute
 from lora_scripts.memory import fakes
 from lora_scripts.memory.heaviest import LOGIT_WEIGHT, TOKEN_WEIGHT, Pictures, Rows
 from lora_scripts.memory.tracker import Event, Tracker, tensors_of
-from lora_scripts.models import latents, lora, packing
+from lora_scripts.models import head, latents, lora, packing
+from lora_scripts.models.head import Learned
 from lora_scripts.schema import ImageConfig, TextConfig, TextPrompt
 
 if TYPE_CHECKING:
@@ -95,16 +95,14 @@ def text_step(
         model.set_attn_implementation(packing.NAME)
     with mode:
         inputs = _packed(batch) if in_segments else _padded(batch, side_by_side=not fake.packed)
-        columns_N, rows_N = inputs.pop("columns"), inputs.pop("rows")
-        targets_N = torch.zeros(batch.learned, dtype=torch.long)
+        rows_N = inputs.pop("rows")
+        learned = Learned(inputs.pop("columns"), rows_N, torch.zeros_like(rows_N), rows_N)
 
         def forward() -> torch.Tensor:
-            logits_BNV = model(use_cache=False, logits_to_keep=columns_N, **inputs).logits
-            logits_NV = logits_BNV[rows_N, torch.zeros_like(rows_N)].float()
-            return functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+            return head.loss(model, inputs, learned, in_parts=head.looks_plain(model))
 
         given = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-        given += [columns_N, rows_N, targets_N]
+        given += [learned.columns_C, learned.row_N, learned.column_N]
         wide = model.config.get_text_config().vocab_size
         try:
             return _step([model], forward, given, config, compute, wide)

@@ -49,7 +49,8 @@ def free(compute: Compute) -> Room:
     if contained is not None and contained[0] < total:
         total, limit = contained[0], CONTAINER
         available = min(available, contained[1])
-    available = min(total, available + own)
+    sharing = compute.processes.local_size  # processes of this run on this machine
+    total, available = total // sharing, min(total, available + own * sharing) // sharing
     if compute.device.type != "cuda":
         return Room(total, available, ram_limit=limit)
     import torch

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import nn
-from torch.nn import functional
 
 from lora_scripts.data import cache, text
 from lora_scripts.data.chat import ChatFormat
-from lora_scripts.models import causal_lm, lora, packing
+from lora_scripts.models import causal_lm, head, lora, packing
 from lora_scripts.models.causal_lm import CausalLM
+from lora_scripts.models.head import Learned
 from lora_scripts.randomness import seed_of
 from lora_scripts.run_files import ADAPTER_NAME, SYSTEM_PROMPT
 from lora_scripts.schema import TextConfig, TextPrompt
@@ -48,6 +48,7 @@ class LanguageTask:
             **noted(config.init_lora / ADAPTER_NAME if config.init_lora else None),
         }
         self.own_attention: str = base.model.config._attn_implementation
+        self.in_parts = head.may_come_in_parts(base.model)  # the logits
         self.packed = config.packing and self._may_pack()
         self._dealt: text.Dealt | None = None
 
@@ -124,17 +125,10 @@ class LanguageTask:
 
     def loss(self, batch: Batch, key: Key) -> Loss:
         """Cross entropy of the learned tokens, summed; logits only where there is one."""
-        model = self.base.model
-        targets_N = batch["targets"]
-        logits_BNV = model(
-            input_ids=batch["input_ids"],
-            use_cache=False,
-            logits_to_keep=batch["columns"],
-            **{name: batch[name] for name in _MODEL_INPUTS if name in batch},
-        ).logits
-        logits_NV = logits_BNV[batch["row"], batch["column"]].float()
-        total = functional.cross_entropy(logits_NV, targets_N, reduction="sum")
-        return Loss(total, count=len(targets_N), tallies={"tokens": batch["tokens"]})
+        learned = Learned(batch["columns"], batch["row"], batch["column"], batch["targets"])
+        inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+        total = head.loss(self.base.model, inputs, learned, in_parts=self.in_parts)
+        return Loss(total, count=len(learned.targets_N), tallies={"tokens": batch["tokens"]})
 
     def sample(self, key: Key) -> Mapping[str, Image | str]:
         with packing.attention(self.base.model, self.own_attention):
@@ -210,7 +204,7 @@ class LanguageTask:
         )
 
 
-_MODEL_INPUTS = ("attention_mask", "position_ids", "cu_seq_lens_q")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
 _Row = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -287,18 +287,32 @@ def pack(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, numbers
 
 
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    try:
+        return load_file(checkpoint / "training.safetensors")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        what = f"cannot be read: {error}"
+        raise user_error(str(checkpoint / "training.safetensors"), what) from None
+
+
 def unpack(
     checkpoint: Path,
+    tensors: Mapping[str, torch.Tensor],
     state: State,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-) -> dict[str, torch.Tensor]:
-    """Put a checkpoint's adapters and optimizer state back. Returns all tensors of it.
+) -> None:
+    """Put a checkpoint's adapters and optimizer state back. `checkpoint`: its name in errors.
 
     Raises:
         UserError: if the checkpoint belongs to other layers or another rank.
     """
-    tensors = load_adapters(checkpoint, parameters)
+    put_adapters(checkpoint, tensors, parameters)
     entries: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(parameters):
         prefix = f"optimizer.{name}."
@@ -320,7 +334,6 @@ def unpack(
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         what = f"its optimizer's state does not fit this config ({error})"
         raise user_error(str(checkpoint), what) from None
-    return tensors
 
 
 def _numbers_of(checkpoint: Path, state: State, name: str) -> dict[str, Any]:
@@ -332,21 +345,17 @@ def _numbers_of(checkpoint: Path, state: State, name: str) -> dict[str, Any]:
     return dict(fields)
 
 
-def load_adapters(
-    checkpoint: Path, parameters: Mapping[str, nn.Parameter], kept: str = ADAPTER
-) -> dict[str, torch.Tensor]:
+def put_adapters(
+    checkpoint: Path,
+    tensors: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    kept: str = ADAPTER,
+) -> None:
     """Put a checkpoint's adapters back: those whose names begin with `kept`.
-
-    Returns all tensors of the checkpoint.
 
     Raises:
         UserError: if the checkpoint belongs to other layers or another rank.
     """
-    try:
-        tensors = load_file(checkpoint / "training.safetensors")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        what = f"cannot be read: {error}"
-        raise user_error(str(checkpoint / "training.safetensors"), what) from None
     adapters = {n.removeprefix(kept): t for n, t in tensors.items() if n.startswith(kept)}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if {name: tuple(t.shape) for name, t in adapters.items()} != shapes:
@@ -355,7 +364,6 @@ def load_adapters(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(adapters[name])
-    return tensors
 
 
 def go_back(
@@ -374,7 +382,7 @@ def go_back(
             "the best checkpoint is lost; with early_stopping_patience=null the last step is taken"
         )
         raise UserError([*error.problems, Problem("early_stopping_patience", what)]) from None
-    load_adapters(path, parameters, kept)
+    put_adapters(path, read_tensors(path), parameters, kept)
     return position
 
 

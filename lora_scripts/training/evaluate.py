@@ -9,17 +9,22 @@ from lora_scripts.tasks.task import Batch, Key, Task
 
 
 def held_out_loss(task: Task, seed: int, compute: Compute) -> float:
-    """Mean loss over the validation plan, without gradients. Dropout must be off already."""
+    """Mean loss over the validation plan, without gradients. Dropout must be off already.
+
+    Each process measures its share; all get the mean over all.
+    """
     key = Key(seed, "validation", 0)
     total, count = 0.0, 0.0
     with torch.no_grad():
-        for indices in task.plan(key):
+        for indices in compute.processes.share(task.plan(key)):
             batch = to_device(task.load(indices, key), compute.device)
             with compute.autocast():
                 loss = task.loss(batch, key)
             total += loss.total.item()
             count += loss.count
-    return total / count
+    sums = torch.tensor([total, count], dtype=torch.float64)
+    compute.processes.add_up(sums)
+    return float(sums[0] / sums[1])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -24,6 +24,7 @@ from lora_scripts.training.averaging import PREFIX, Average
 from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.evaluate import to_device
 from lora_scripts.training.steps import Step
+from lora_scripts.training.sums import Sums
 
 BLOCK = re.compile(r".*?\.\d+(?=\.)")  # a path up to its first number
 TOTAL_SCALE = 2.0**-7  # keeps an fp16 backward of a sum over many items from overflowing
@@ -75,12 +76,17 @@ class Learner:
         self.average = Average(self.parameters, config.ema_decay)
         fp16 = compute.precision == "fp16"
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=fp16)
+        self.sums = Sums(compute.processes, list(self.parameters.values()))
         self.position = Position()
         self.best: Best | None = None
         self.tallies: Counter[str] = Counter()
         if start is not None:
             path, state = start
-            self.average.load(checkpoint.unpack(path, state, self.parameters, self.optimizer))
+            # the folder need not be there but for the first process
+            here = compute.processes.is_first
+            tensors = compute.processes.told_by_first(checkpoint.read_tensors(path) if here else {})
+            checkpoint.unpack(path, tensors, state, self.parameters, self.optimizer)
+            self.average.load(tensors)
             self.scaler.load_state_dict(dict(state.scaler))
             self.position, self.best = state.position, state.best
             self.tallies.update(state.tallies)
@@ -126,15 +132,18 @@ class Learner:
     def _backward(self, step: Step, batches: Iterator[Batch]) -> float:
         """Gradients of all micro-batches, added up and divided by the global count. The loss."""
         total = torch.zeros((), device=self.compute.device)
-        count, seen = 0.0, self.position.samples
-        for indices, batch in zip(step.micro_batches, batches, strict=True):
-            with seeded_dropout(self.config, seen, self.compute), self.compute.autocast():
-                loss = self.task.loss(to_device(batch, self.compute.device), step.key)
-            torch.autograd.backward(self.scaler.scale(loss.total * TOTAL_SCALE))
-            total += loss.total.detach()
-            count += loss.count
-            self.tallies.update(loss.tallies)
-            seen += len(indices)
+        count, tallies = 0.0, Counter[str]()
+        own = step.share(self.compute.processes)
+        with self.compute.processes.part_of_step():
+            for (seen, _), batch in zip(own, batches, strict=True):
+                with seeded_dropout(self.config, seen, self.compute), self.compute.autocast():
+                    loss = self.task.loss(to_device(batch, self.compute.device), step.key)
+                torch.autograd.backward(self.scaler.scale(loss.total * TOTAL_SCALE))
+                total += loss.total.detach()
+                count += loss.count
+                tallies.update(loss.tallies)
+        total, count = self.sums.over_processes(total, count, tallies)
+        self.tallies.update(tallies)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / (count * TOTAL_SCALE))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -172,6 +172,26 @@ class RunLog:
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._metrics.write(json.dumps({**finite, "time": round(time.time(), 3)}) + "\n")
         self._metrics.flush()
+
+
+class NoLog:
+    """What a process writes that is not the first: nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def step(self, *numbers: object) -> None: ...
+
+    def histograms(self, *gradients: object) -> None: ...
+
+    def evaluation(self, *loss: object) -> None: ...
+
+    def samples(self, *samples: object) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_scripts.device import Compute
+from lora_scripts.processes import Processes
 from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Key, Task
@@ -19,7 +20,7 @@ from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.clock import Clock
 from lora_scripts.training.evaluate import held_out_loss
 from lora_scripts.training.learner import Learner
-from lora_scripts.training.log import RunLog
+from lora_scripts.training.log import NoLog, RunLog
 from lora_scripts.training.steps import Step
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,15 @@ def train(
     Raises:
         WorkError: if the loss or a gradient is not finite.
     """
-    total_steps = steps.count(task, config)
+    processes = compute.processes
+    position = start[1].position if start else None
+    total_steps = steps.count(task, config, processes, position)
     learner = Learner(task, config, compute, total_steps, start)
     clock = Clock()
 
     def save(*, passing: bool) -> None:
+        if not processes.is_first:
+            return
         log.flush()
         state, tensors = learner.packed(passing=passing)
         with clock.time("checkpoint"), learner.average.shown():
@@ -81,21 +86,23 @@ def train(
                 with clock.time("evaluation"):
                     loss = held_out_loss(task, config.seed, compute)
                 log.evaluation(step, loss)
-            if sampling:
+            if sampling and processes.is_first:
                 with clock.time("samples"):
                     log.samples(step, task.sample(Key(config.seed, "validation", 0)))
         return loss
 
     first_step = learner.position.step
     with (
-        RunLog(folder, first_step, total_steps, held_out=task.held_out) as log,
+        open_log(folder, first_step, total_steps, task, processes) as log,
         stop_signals() as stopped,
     ):
         if first_step == 0:
             look(sampling=True, measuring=True)
         done = learner.is_done()
-        todo = () if done else steps.remaining(task, config, learner.position, total_steps)
-        for step, batches in steps.prefetched(task, todo):
+        todo = (
+            () if done else steps.remaining(task, config, learner.position, total_steps, processes)
+        )
+        for step, batches in steps.prefetched(task, todo, processes):
             switch(task, training=True)
             with clock.time("step"):
                 taken = learner.take(step, batches)
@@ -114,21 +121,34 @@ def train(
             done = learner.is_done()
             planned = done or due(config, step)
             is_best = learner.best is not None and learner.best.step == number
-            if planned or is_best or stopped.is_set():
+            stopping = processes.any(stopped.is_set())
+            if planned or is_best or stopping:
                 save(passing=not planned)
-            if done or stopped.is_set():
+            if done or stopping:
                 break
     switch(task, training=False)
     interrupted = not learner.is_done()
+    exported = learner.position
+    if processes.is_first:
+        exported = learner.settle(folder / CHECKPOINTS, interrupted=interrupted)
     return Outcome(
         learner.position,
         total_steps,
         interrupted,
         learner.best,
-        learner.settle(folder / CHECKPOINTS, interrupted=interrupted),
+        exported,
         learner.tallies[nonfinite.SKIPPED],
         clock,
     )
+
+
+def open_log(
+    folder: Path, first_step: int, total_steps: int, task: Task, processes: Processes
+) -> RunLog | NoLog:
+    """The run's log; only the first process writes one."""
+    if not processes.is_first:
+        return NoLog()
+    return RunLog(folder, first_step, total_steps, held_out=task.held_out)
 
 
 def switch(task: Task, *, training: bool) -> None:

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Batch, Indices, Key, Task
 from lora_scripts.training.checkpoint import Position
@@ -24,22 +26,38 @@ class Step:
     after: Position
     ends_epoch: bool
 
+    def share(self, processes: Processes) -> list[tuple[int, Indices]]:
+        """A process's micro-batches, each with how many samples the run has seen before it."""
+        first = self.after.samples - sum(map(len, self.micro_batches))
+        seen = accumulate(map(len, self.micro_batches), initial=first)
+        return processes.share(list(zip(seen, self.micro_batches, strict=False)))
 
-def _in_epoch(task: Task, config: Config, epoch: int) -> int:
-    """Optimizer steps of an epoch; the last one may hold fewer micro-batches."""
-    plan = task.plan(Key(config.seed, "train", epoch))
-    return math.ceil(len(plan) / config.gradient_accumulation_steps)
+
+def at_once(config: Config, processes: Processes) -> int:
+    """Micro-batches of an optimizer step, over all processes."""
+    return config.gradient_accumulation_steps * processes.size
 
 
-def count(task: Task, config: Config) -> int:
-    """Optimizer steps of the whole run: the epochs, or the cap `max_train_steps`."""
-    total = sum(_in_epoch(task, config, epoch) for epoch in range(config.epochs))
+def count(task: Task, config: Config, processes: Processes, start: Position | None = None) -> int:
+    """Optimizer steps of the whole run: the epochs, or the cap `max_train_steps`.
+
+    `start`: where a run goes on; the steps before it may have been of another number of processes.
+    """
+    position = start or Position()
+    size = at_once(config, processes)
+    total = position.step
+    for epoch in range(position.epochs_done, config.epochs):
+        done = position.batches_done if epoch == position.epochs_done else 0
+        batches = len(task.plan(Key(config.seed, "train", epoch))) - done
+        total += math.ceil(batches / size)  # the last one may hold fewer micro-batches
     return min(total, config.max_train_steps or total)
 
 
-def remaining(task: Task, config: Config, start: Position, total_steps: int) -> Iterator[Step]:
+def remaining(
+    task: Task, config: Config, start: Position, total_steps: int, processes: Processes
+) -> Iterator[Step]:
     """The optimizer steps from `start` on: each takes the next micro-batches of the plan."""
-    position = start
+    position, size = start, at_once(config, processes)
     for epoch in range(start.epochs_done, config.epochs):
         key = Key(config.seed, "train", epoch)
         plan = task.plan(key)
@@ -47,7 +65,7 @@ def remaining(task: Task, config: Config, start: Position, total_steps: int) -> 
             position = replace(position, epochs_done=epoch + 1)
         while position.epochs_done == epoch and position.step < total_steps:
             first = position.batches_done
-            micro_batches = plan[first : first + config.gradient_accumulation_steps]
+            micro_batches = plan[first : first + size]
             ends_epoch = first + len(micro_batches) == len(plan)
             position = Position(
                 step=position.step + 1,
@@ -58,12 +76,15 @@ def remaining(task: Task, config: Config, start: Position, total_steps: int) -> 
             yield Step(key, micro_batches, position, ends_epoch)
 
 
-def prefetched(task: Task, steps: Iterable[Step]) -> Iterator[tuple[Step, Iterator[Batch]]]:
-    """Each step with its batches, read in a thread a few micro-batches ahead of their use."""
+def prefetched(
+    task: Task, steps: Iterable[Step], processes: Processes
+) -> Iterator[tuple[Step, Iterator[Batch]]]:
+    """Each step with this process's batches, read in a thread a few ahead of their use."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
         for step in steps:
-            futures = [pool.submit(task.load, i, step.key) for i in step.micro_batches]
+            own = step.share(processes)
+            futures = [pool.submit(task.load, indices, step.key) for _, indices in own]
             waiting.append((step, futures))
             while sum(len(futures) for _, futures in waiting) > PREFETCHED_BATCHES:
                 yield _results(waiting.popleft())

@@ -108,7 +108,8 @@ def _read_checkpoint(folder: Path) -> None:
     assert newest is not None
     state = checkpoint.read_state(newest)
     parameters = _parameters()
-    checkpoint.unpack(newest, state, parameters, _optimizer(parameters))
+    tensors = checkpoint.read_tensors(newest)
+    checkpoint.unpack(newest, tensors, state, parameters, _optimizer(parameters))
     if state.best is not None:
         checkpoint.judged(state.best, state.position.step + 1, 0.1)
 

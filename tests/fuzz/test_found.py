@@ -211,7 +211,8 @@ def test_an_optimizers_state_of_another_form(run: Path) -> None:
             targets_runs._summed((folder / "state.json").read_bytes())
         )
         state = checkpoint.read_state(folder)
-        refused(checkpoint.unpack, folder, state, parameters, optimizer)
+        tensors = checkpoint.read_tensors(folder)
+        refused(checkpoint.unpack, folder, tensors, state, parameters, optimizer)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"steps": 4}', '{"steps": 4, "files": [7]}'])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lora_scripts import pipeline
 from lora_scripts.errors import UserError
+from lora_scripts.processes import ALONE
 from lora_scripts.tasks.diffusion import DiffusionTask
 from lora_scripts.training import checkpoint, loop, steps
 from lora_scripts.training.checkpoint import Position
@@ -142,13 +143,15 @@ def test_steps_end_with_the_epochs_or_the_cap(
     task, config, _ = runs.task(
         sd_folder, pictures, tmp_path, epochs=3, gradient_accumulation_steps=2
     )
-    planned = list(steps.remaining(task, config, Position(), steps.count(task, config)))
+    planned = list(
+        steps.remaining(task, config, Position(), steps.count(task, config, ALONE), ALONE)
+    )
     assert [len(step.micro_batches) for step in planned] == [2, 1, 2, 1, 2, 1]
     assert [step.after.samples for step in planned] == [4, 6, 10, 12, 16, 18]
     assert [step.ends_epoch for step in planned] == [False, True] * 3
     capped = config.model_copy(update={"max_train_steps": 4})
-    assert steps.count(task, capped) == 4
-    assert list(steps.remaining(task, capped, planned[2].after, 4)) == [planned[3]]
+    assert steps.count(task, capped, ALONE) == 4
+    assert list(steps.remaining(task, capped, planned[2].after, 4, ALONE)) == [planned[3]]
 
 
 RESUMED = {

@@ -1,0 +1,176 @@
+"""Several processes: the run of one, whoever takes which part; one that is lost ends them all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from lora_scripts import pulse
+from lora_scripts.pulse import Work
+from tests import runs, text_toys, toys
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SAME_FOR_ALL = ("step", "epoch", "samples", "tokens", "learning_rate")
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun needs libuv on Windows")
+
+
+def train(config: Path, processes: int, *overrides: str) -> subprocess.Popen[str]:
+    """The command as people type it; a process computes on one thread."""
+    start = [*TORCHRUN, "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
+    return subprocess.Popen(
+        [*start, str(ROOT / "train.py"), "--config", str(config), *overrides],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def trained(config: Path, processes: int, *overrides: str) -> str:
+    """What a run says that ends well."""
+    run = train(config, processes, *overrides)
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, said + errors
+    return said
+
+
+def write(folder: Path, name: str, values: Mapping[str, Any], **changes: Any) -> Path:
+    keys = {**values, "output_dir": str(folder / name), **changes}
+    return toys.write_config(folder / f"{name}.yaml", **keys)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Any]:
+    """Rows of unequal lengths, dropout, a last step with less than the others."""
+    base = text_toys.save_model(tmp_path / "base")
+    rows = text_toys.write_jsonl(tmp_path / "rows.jsonl")
+    return runs.text_values(
+        base, rows, tmp_path, batch_size=1, gradient_accumulation_steps=4, epochs=2,
+        validation_split=0.2, eval_steps=2, lora_dropout=0.1, save_steps=2,
+    )  # fmt: skip
+
+
+def same(one: Path, several: Path) -> None:
+    """The metrics and the exported weights of two runs, but for rounding."""
+    found, expected = runs.metrics(several), runs.metrics(one)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        for name in wanted.keys() - {"time"}:
+            close = 0 if name in SAME_FOR_ALL else 1e-5
+            assert row[name] == pytest.approx(wanted[name], rel=close, abs=0), name
+    weights = sorted(path.name for path in one.glob("*.safetensors"))
+    assert weights
+    for name in weights:
+        assert_close(load_file(several / name), load_file(one / name), rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_train_on_text_as_one_does(tmp_path: Path, texts: dict[str, Any]) -> None:
+    trained(write(tmp_path, "one", texts), 1)
+    said = trained(write(tmp_path, "two", texts, gradient_accumulation_steps=2), 2)
+    same(tmp_path / "one", tmp_path / "two")
+    assert said.count("Done in") == said.count("Trainable:") == 1, "each tells it"
+    assert "5 steps of up to 4 samples" in said or "6 steps of up to 4 samples" in said
+
+
+def test_two_processes_train_on_pictures_as_one_does(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """With two adapted modules, and buckets of their own shapes in each process."""
+    values = runs.values(
+        sd_folder, pictures, tmp_path, batch_size=1, gradient_accumulation_steps=2, epochs=2,
+        train_text_encoder=True, learning_rate=1e-3, output_name="lora",
+    )  # fmt: skip
+    trained(write(tmp_path, "one", values), 1)
+    trained(write(tmp_path, "two", values, gradient_accumulation_steps=1), 2)
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, texts: dict[str, Any]) -> None:
+    changes = {"gradient_accumulation_steps": 2, "lr_scheduler": "constant"}
+    trained(write(tmp_path, "whole", texts, **changes), 2)
+    parts = write(tmp_path, "parts", texts, **changes)
+    trained(parts, 2, "max_train_steps=2")
+    trained(parts, 2)
+    expected, found = (
+        load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "parts")
+    )
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_another_number_of_processes_goes_on_with_the_next_samples(
+    tmp_path: Path, texts: dict[str, Any]
+) -> None:
+    run = write(tmp_path, "run", texts, gradient_accumulation_steps=2, lr_scheduler="constant")
+    trained(run, 2, "max_train_steps=1")
+    trained(run, 1)
+    rows = [row for row in runs.metrics(tmp_path / "run") if "loss" in row]
+    per_epoch = rows[-1]["samples"] // 2
+    assert rows[0]["samples"] == 4 and rows[1]["samples"] == 6
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert any(row["samples"] == per_epoch for row in rows), "an epoch has each sample once"
+
+
+def test_a_process_that_is_gone_ends_the_run_by_name_and_the_run_goes_on(
+    tmp_path: Path, texts: dict[str, Any]
+) -> None:
+    config = write(tmp_path, "run", texts, gradient_accumulation_steps=2, epochs=400)
+    run = train(config, 2)
+    children = wait_for_checkpoint(run, tmp_path / "run")
+    os.kill(children[1], signal.SIGSTOP)  # it hangs, and nobody is told
+    began = time.monotonic()
+    _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert run.returncode != 0
+    assert "Stopped: rank 1 on" in errors + (tmp_path / "run" / "run.log").read_text("utf-8")
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    step = int(checkpoints[-1].name.removeprefix("step-"))
+    said = trained(config, 2, f"max_train_steps={step + 2}")
+    assert f"Going on from {checkpoints[-1]}" in said
+    steps = [row["step"] for row in runs.metrics(tmp_path / "run") if "loss" in row]
+    assert steps == list(range(1, step + 3)), "no step twice, none missing"
+
+
+def wait_for_checkpoint(run: subprocess.Popen[str], output: Path) -> list[int]:
+    """The processes of a run by rank, once a checkpoint is there."""
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoints/step-*")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    found = subprocess.run(
+        ["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True
+    )
+    by_rank = {}
+    for pid in map(int, found.stdout.split()):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        by_rank.update({int(e[5:]): pid for e in environment if e.startswith(b"RANK=")})
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def test_a_problem_that_all_have_is_told_once(tmp_path: Path, texts: dict[str, Any]) -> None:
+    run = train(write(tmp_path, "wrong", texts, lora_rank=0), 2)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert errors.count("lora_rank") == 1
+
+
+def test_work_that_takes_far_longer_than_before_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Work(began=0.0, longest=None).seconds_too_long(1000.0) == 0, "the first may take long"
+    assert Work(began=None, longest=1.0).seconds_too_long(1000.0) == 0, "between two"
+    assert Work(began=0.0, longest=1.0).seconds_too_long(pulse.STUCK - 1) == 0
+    assert Work(began=0.0, longest=1.0).seconds_too_long(pulse.STUCK + 1) > 0
+    slow = Work(began=0.0, longest=100.0)
+    assert slow.seconds_too_long(400.0) == 0
+    assert slow.seconds_too_long(501.0) == 501.0

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import memory_estimate
+from benchmarks.children import last_line
 from lora_scripts import allocator
 
 MB = 1e6
@@ -86,16 +85,7 @@ def line(folder: Path, lever: str, case: str, rounds: int) -> str:
 
 def measure(lever: str, config: Path, *, pulled: bool) -> tuple[float, float]:
     """Seconds of a micro-step, and the bytes that it adds."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, lever if pulled else "", str(config)],
-        cwd=memory_estimate.ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(done.stdout + done.stderr)
-    peak = json.loads(done.stdout.splitlines()[-1])
+    peak = json.loads(last_line(CHILD, lever if pulled else "", str(config)))
     return peak["seconds"], peak["ram"] - peak["ram_before"]
 
 

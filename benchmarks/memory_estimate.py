@@ -1,6 +1,6 @@
 """How much memory a run takes: foretold from shapes, after one micro-step, and measured.
 
-    python benchmarks/memory_estimate.py [--only NAME …] [--alone] [--folder DIR] [--real]
+    python -m benchmarks.memory_estimate [--only NAME …] [--alone] [--folder DIR] [--real]
 
 Each configuration is trained in a process of its own (load, encode, two steps, checkpoint, export,
 reload) on a model of the real class with random weights; measured is the largest resident set that
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -24,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import last_line
 from lora_scripts import allocator, memory
 from lora_scripts.device import Compute
 from lora_scripts.memory import Estimate, Peak, Phase
 from lora_scripts.schema import Config
 
-ROOT = Path(__file__).resolve().parent.parent
 MB = 1e6
 ALONE = "alone:"  # before a piece of work: with tensors mapped alone
 
@@ -116,16 +114,7 @@ def estimate_of(told: Mapping[str, Any]) -> Estimate:
 
 def call(*arguments: str) -> str:
     """Run this file in a process of its own; the last line of what it says."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(done.stdout + done.stderr)
-    return done.stdout.splitlines()[-1] if done.stdout else ""
+    return last_line(CHILD, *arguments)
 
 
 CHILD = """

@@ -21,19 +21,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.children import ROOT, last_line
+
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"  # `make demo-text` fetches it
 LETTERS = ROOT / "assets" / "demo" / "support_dialogues.jsonl"
 HELD_OUT = ROOT / "assets" / "demo" / "support_heldout.jsonl"
@@ -122,17 +120,7 @@ def measure(base: Path, work: Path, way: str, seed: int) -> dict[str, float]:
 
 def call(*arguments: str) -> str:
     """Run this file in a process of its own; the last line of what it says."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(done.stdout + done.stderr)
-    return done.stdout.splitlines()[-1] if done.stdout else ""
+    return last_line(CHILD, *arguments)
 
 
 CHILD = """

@@ -57,6 +57,9 @@ def shown(text: str) -> str:
     return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+EXIT_INTERRUPTED = 75  # stopped; the same command goes on
+
+
 class UserError(ValueError):
     """The user's input cannot be worked with. Carries every problem found, not only the first.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_scripts import __version__, preflight
 from lora_scripts import config as config_file
-from lora_scripts.errors import Problem, UserError, WorkError
+from lora_scripts.errors import EXIT_INTERRUPTED, Problem, UserError, WorkError, user_error
 from lora_scripts.logs import file_log, quiet, quiet_libraries
 from lora_scripts.processes import ALONE, Processes, joined
 from lora_scripts.schema import Config, ImageConfig, TextConfig
@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # heavy imports happen in `run`, after the config has been ch
 logger = logging.getLogger(__name__)
 
 EXIT_DONE = 0
-EXIT_INTERRUPTED = 75
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,8 @@ def _run_here(
         raise SystemExit(error.exit_code) from None
     config = draft.checked()
     try:
+        if dry and processes.size > 1:
+            raise user_error("--dry-run", "tries one process; start it without torchrun")
         if dry:
             return _run_dry(config, draft.source.name, rows, problems)
         return _run(config, draft.source.name, rows, problems, processes)
@@ -300,6 +301,7 @@ def _finish(ready: Ready, config_name: str, outcome: Outcome, export: Export) ->
         **facts,
         "base_model": config.base_model,
         "device": telling.device_name(compute),
+        "processes": compute.processes.size,
         "precision": compute.precision,
         "seconds": round(time.time() - ready.began, 1),
         "largest_difference_after_reload": finished.difference,

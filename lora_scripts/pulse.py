@@ -21,7 +21,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from lora_scripts.errors import UserError
+from lora_scripts.errors import EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -32,8 +32,6 @@ INTERVAL = 2.0  # seconds between two signs of life
 SILENT = 20.0  # seconds without one, after which a process is given up
 STUCK = 30.0  # seconds at the same piece of work, if no piece has taken a fifth of that before
 LONGER = 5.0  # times the longest piece so far is too long
-EXIT_LOST = 75  # as after Ctrl-C: the same command goes on
-EXIT_WRONG = 2  # as for a wrong config
 VERDICT = "verdict"
 TOLD = "told"  # a verdict that needs no more words
 
@@ -164,14 +162,14 @@ class Pulse:
             return
         if verdict == TOLD:
             time.sleep(5 * INTERVAL)  # torchrun ends them all with the first that ends
-            os._exit(EXIT_WRONG)
+            os._exit(UserError.exit_code)
         logger.error(
             "Stopped: %s. Nothing was saved after the last checkpoint; the same command goes on "
             "from there",
             verdict,
         )
         logging.shutdown()
-        os._exit(EXIT_LOST)
+        os._exit(EXIT_INTERRUPTED)
 
 
 def _key(rank: int) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-EXIT_INTERRUPTED = 75
+from lora_scripts.errors import EXIT_INTERRUPTED
 
 
 def label(

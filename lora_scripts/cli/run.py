@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from lora_scripts.errors import EXIT_INTERRUPTED
+
 
 def train(
     config: Annotated[Path, typer.Option(help="The YAML file that describes the LoRA.")],
@@ -32,7 +34,7 @@ def train(
             code = pipeline.run(config, overrides or (), dry=dry_run)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)  # noqa: T201
-        code = pipeline.EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     raise typer.Exit(code)
 
 

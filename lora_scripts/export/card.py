@@ -51,7 +51,7 @@ A LoRA for {markdown.code(config.base_model)}, made by lora-scripts.
 | layers | {markdown.words(_layers(config))} |
 | steps | {_steps(record)} |
 | learning rate | {config.learning_rate:g}, {config.lr_scheduler} |
-| batch | {config.micro_batch} × {config.gradient_accumulation_steps} accumulated |
+| batch | {_batch(config, record)} |
 | held-out loss, first → last | {losses["first"]:.5f} → {losses["last"]:.5f} |
 | device, precision | {record["device"]}, {record["precision"]} |
 | this run took | {record["seconds"]:.0f} s |
@@ -138,3 +138,10 @@ def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
         (part[-1][0], sum(value for _, value in part) / len(part))
         for part in (points[i : i + group] for i in range(0, len(points), group))
     ]
+
+
+def _batch(config: Config, record: Mapping[str, Any]) -> str:
+    """Samples of a step, and how they came together."""
+    said = f"{config.micro_batch} × {config.gradient_accumulation_steps} accumulated"
+    count = record["processes"]
+    return f"{said} × {count} processes" if count > 1 else said

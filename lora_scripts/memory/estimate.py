@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["gpu", "ram"]
-PASSING = (
-    "activations",
-    "logits",
-    "gaps",
-    "copies at work",
-)  # parts that come and go within a phase
+# parts that come and go within a phase
+PASSING = ("activations", "logits", "gaps", "copies at work")
 STEP = "training step"  # the name of the phase that a micro-step measures
 
 

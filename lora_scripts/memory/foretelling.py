@@ -16,6 +16,7 @@ from lora_scripts import allocator
 from lora_scripts.device import Compute
 from lora_scripts.memory import fakes, heap, heaviest, imagined, room
 from lora_scripts.memory.estimate import STEP, Estimate, Phase
+from lora_scripts.memory.heap import Growth
 from lora_scripts.memory.heaviest import Pictures
 from lora_scripts.memory.imagined import Trace
 from lora_scripts.memory.optimizers import FLOAT, state_bytes
@@ -173,10 +174,7 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
 
     states = state_bytes(config.optimizer, found.adapters)
     trained = _trained(found, config, sum(states))
-    batches = config.gradient_accumulation_steps
-    thrifty = config.gradient_checkpointing
-    alone = allocator.maps_alone()  # then there are no gaps
-    grown = heap.growth_of_steps(found.step.events, batches, states, thrifty=thrifty)
+    grown = _growth_of_steps(found.step, config, states)
 
     def phase(name: str, parts: Mapping[str, int], visiting: Sequence[str] = ()) -> Phase:
         """`visiting`: parts that come to a card for this phase alone."""
@@ -189,20 +187,17 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
     phases = [_loading("loading", found, always, gpu, there)]
     if ENCODING in found.passes:
         trace = found.passes[ENCODING]
-        whole = trace.at_work if alone else heap.growth(trace.events).total
-        parts = _passing(trace, {}, on_card, whole)
+        parts = _passing(trace, {}, on_card, _growth(trace).total)
         phases.append(phase(ENCODING, parts, ["vae"]))
         if on_card:
             readers = [part for part in found.weights if part.startswith("text")]
             phases.append(phase(CAPTIONS, {}, readers))
-    mapped = found.step.at_work + trained["gradients"]
-    step = _passing(found.step, trained, on_card, mapped if alone else grown.total - sum(states))
+    step = _passing(found.step, trained, on_card, grown.total - sum(states))
     phases.append(phase(STEP, step))
     if SAMPLES in found.passes:
         trace = found.passes[SAMPLES]
-        own = heap.growth(trace.events)
+        own = _growth(trace)
         kept = max(grown.kept - sum(states), own.kept) + own.mapped
-        kept = trace.at_work if alone else kept
         guests = ["vae"] if "vae" in found.weights else []
         phases.append(phase(SAMPLES, _passing(trace, trained, on_card, kept), guests))
     export = _loading("export", found, always, gpu, there)
@@ -210,6 +205,24 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
     phases.append(Phase("export", export.gpu, {**export.ram, **copies}))
     later = {name: size for name, size in trained.items() if name != "adapters"}
     return Estimate(phases, found.batch, later)
+
+
+def _growth(trace: Trace) -> Growth:
+    """By how much the process grows in a pass; with tensors mapped alone there are no gaps."""
+    if allocator.maps_alone():
+        return Growth(total=trace.at_work, kept=0, mapped=trace.at_work)
+    return heap.growth(trace.events)
+
+
+def _growth_of_steps(trace: Trace, config: Config, states: Sequence[int]) -> Growth:
+    """The same of steps of a run, what the optimizer keeps included."""
+    batches = config.gradient_accumulation_steps
+    if allocator.maps_alone():
+        earlier = trace.left if batches > 1 else 0  # gradients of earlier micro-batches
+        return Growth(trace.at_work + earlier + sum(states), kept=sum(states), mapped=trace.at_work)
+    return heap.growth_of_steps(
+        trace.events, batches, states, thrifty=config.gradient_checkpointing
+    )
 
 
 def _passing(trace: Trace, lasting: Mapping[str, int], on_card: bool, grown: int) -> dict[str, int]:

@@ -100,14 +100,12 @@ def most_tokens(
     settings = model.config.get_text_config()
     by_token = TOKEN_WEIGHT * settings.num_hidden_layers * settings.hidden_size
     by_logit = LOGIT_WEIGHT * settings.vocab_size
-    at_once = head.LOGITS_AT_ONCE // settings.vocab_size if head.looks_plain(model) else None
     lengths, learned = data.encoding.lengths(), data.encoding.learned
 
     def weight(batch: Indices) -> float:
         own = lengths[list(batch)]
         tokens = own.sum() if packed else own.max() * len(own)
-        logits = learned[list(batch)].sum()
-        logits = logits if at_once is None else min(logits, at_once)
+        logits = head.alive_at_once(model, int(learned[list(batch)].sum()))
         return float(by_token * tokens + by_logit * logits)
 
     return max(batches, key=weight)

@@ -117,7 +117,7 @@ def rough_step(fake: fakes.FakeText, batch: Rows, config: TextConfig, compute: C
     width = kept or TOKEN_WEIGHT * settings.hidden_size
     scale = compute.dtype.itemsize / 2
     states = int(width * settings.num_hidden_layers * sum(batch.lengths) * scale)
-    logits = LOGIT_WEIGHT * settings.vocab_size * batch.learned
+    logits = LOGIT_WEIGHT * settings.vocab_size * head.alive_at_once(fake.model, batch.learned)
     return of_sizes([states // ROUGH_TENSORS] * ROUGH_TENSORS + [logits], logits)
 
 

@@ -102,6 +102,17 @@ def looks_plain(model: Any) -> bool:
     return all(getattr(settings, name, None) in (None, plain) for name, plain in _CHANGED_BY)
 
 
+def alive_at_once(model: Any, learned: int) -> int:
+    """Of so many tokens to learn, how many have logits at the same time."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return min(learned, _part(vocabulary)) if looks_plain(model) else learned
+
+
+def _part(vocabulary: int) -> int:
+    """Tokens whose logits are made at once."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
 class _InParts(torch.autograd.Function):
     """Σ cross entropy(h Wᵀ + b, target); the gradient of h is made with it, W and b are frozen."""
 
@@ -116,7 +127,7 @@ class _InParts(torch.autograd.Function):
         learns = ctx.needs_input_grad[0]
         gradient_ND = torch.empty_like(hidden_ND) if learns else None
         total = torch.zeros((), device=hidden_ND.device)
-        size = max(1, LOGITS_AT_ONCE // weight_VD.shape[0])
+        size = _part(weight_VD.shape[0])
         for start in range(0, len(targets_N), size):
             part = slice(start, start + size)
             target_N1 = targets_N[part, None]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_scripts import pipeline
+from lora_scripts import errors, pipeline
 from lora_scripts.errors import UserError
 from lora_scripts.processes import ALONE
 from lora_scripts.tasks.diffusion import DiffusionTask
@@ -172,7 +172,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     _, whole = runs.run(sd_folder, pictures, tmp_path / "whole", **options)
     with runs.terminated(DiffusionTask, loss=5):
         code, parts = runs.run(sd_folder, pictures, tmp_path / "parts", **options)
-    assert code == pipeline.EXIT_INTERRUPTED
+    assert code == errors.EXIT_INTERRUPTED
     assert not (parts / "toy.safetensors").exists()
     code, parts = runs.run(sd_folder, pictures, tmp_path / "parts", **options)
     assert code == pipeline.EXIT_DONE

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lora_scripts.pipeline import EXIT_INTERRUPTED
+from lora_scripts.errors import EXIT_INTERRUPTED
 from lora_scripts.tasks.diffusion import DiffusionTask
 from lora_scripts.training import optim
 from lora_scripts.training.averaging import Average

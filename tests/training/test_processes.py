@@ -82,7 +82,9 @@ def test_two_processes_train_on_text_as_one_does(tmp_path: Path, texts: dict[str
     said = trained(write(tmp_path, "two", texts, gradient_accumulation_steps=2), 2)
     same(tmp_path / "one", tmp_path / "two")
     assert said.count("Done in") == said.count("Trainable:") == 1, "each tells it"
-    assert "5 steps of up to 4 samples" in said or "6 steps of up to 4 samples" in said
+    assert "6 steps of up to 4 samples" in said
+    card = (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
+    assert "| batch | 1 × 2 accumulated × 2 processes |" in card
 
 
 def test_two_processes_train_on_pictures_as_one_does(
@@ -164,6 +166,13 @@ def test_a_problem_that_all_have_is_told_once(tmp_path: Path, texts: dict[str, A
     _, errors = run.communicate(timeout=120)
     assert run.returncode != 0
     assert errors.count("lora_rank") == 1
+
+
+def test_a_dry_run_of_several_is_refused(tmp_path: Path, texts: dict[str, Any]) -> None:
+    run = train(write(tmp_path, "dry", texts), 2, "--dry-run")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert errors.count("--dry-run: tries one process; start it without torchrun") == 1
 
 
 def test_work_that_takes_far_longer_than_before_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_scripts import pipeline
+from lora_scripts import errors, pipeline
 from lora_scripts.errors import UserError
 from lora_scripts.tasks.language import LanguageTask
 from lora_scripts.training import checkpoint, loop
@@ -47,7 +47,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     _, whole = runs.run_text(llama, rows, tmp_path / "whole", **options)
     with runs.terminated(LanguageTask, loss=7):
         code, parts = runs.run_text(llama, rows, tmp_path / "parts", **options)
-    assert code == pipeline.EXIT_INTERRUPTED
+    assert code == errors.EXIT_INTERRUPTED
     code, parts = runs.run_text(llama, rows, tmp_path / "parts", **options)
     assert code == pipeline.EXIT_DONE
     assert runs.metrics(whole) == runs.metrics(parts)

@@ -65,6 +65,8 @@ def attach(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    from lora_scripts.models.lora import linear
+
     module.requires_grad_(False)
     config = LoraConfig(
         r=rank,
@@ -80,6 +82,7 @@ def attach(
     for parameter in trainable(module).values():
         parameter.data = parameter.data.float()
     for _, layer in _layers(module, ADAPTER):
+        linear.in_one_step(layer)
         if kind == "dora":
             _measure(layer)
 

@@ -1,11 +1,12 @@
-"""What each lever of speed and memory brings: a micro-step with it and without it, by turns.
+"""What each lever of speed and memory brings: training without it and with it, by turns.
 
     python -m benchmarks.levers [--only NAME …] [--rounds 3] [--folder DIR]
 
-Each measurement is a process of its own (load, encode, attach, then the micro-step that the memory
-check takes: the heaviest micro-batch, forward and backward, the second of two timed). Seconds are
-medians over the rounds; memory is what the step adds to what lay there before. `--folder` keeps the
-models for the next time.
+Each measurement is a process of its own: load, encode, attach, then optimizer steps through the
+run's own loop over batches (`training.steps`, `training.learner`). Seconds a sample are the median
+over the steps but the first two (batches of text differ in length, the same ones in both ways);
+memory is the most that the process held in those steps. Medians over the rounds. `--folder` keeps
+the models for the next time.
 """
 
 from __future__ import annotations
@@ -13,43 +14,122 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks import memory_estimate
 from benchmarks.children import last_line
+from benchmarks.memory_estimate import Case
 from lora_scripts import allocator
 
-MB = 1e6
+STEPS, WARMING = 10, 2
+TEXT, IMAGE = "Llama 110M, 8 rows of about 110 tokens", "SD small, 256², batch 4"
+LONG, LARGE = "Llama 110M, 2 rows of about 600 tokens", "SD small, 512², batch 1"
+_TEXT_KEYS = {**memory_estimate.TEXT, "max_train_steps": STEPS, "epochs": 50}
+CASES: Mapping[str, Case] = {
+    TEXT: Case("Llama 110M", {**_TEXT_KEYS, "batch_size": 8, "words": 70}),
+    LONG: Case("Llama 110M", {**_TEXT_KEYS, "batch_size": 2, "words": 400, "max_seq_length": 1024}),
+    IMAGE: Case("SD small", {"resolution": 256, "batch_size": 4, "epochs": 50}),
+    LARGE: Case("SD small", {"resolution": 512, "batch_size": 1, "epochs": 50}),
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way of training: keys of the config, and what is changed within the process."""
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    change: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
 class Lever:
-    """What pulls a lever within the process, and the cases that it is measured on."""
+    """The two sides, and the cases that they are measured on."""
 
-    pull: Callable[[], object]
+    without: Side
+    pulled: Side
     cases: Sequence[str]
 
 
-LEVERS = {
+def padded_at_random() -> None:
+    """Rows of a padded batch as they come, not of like length."""
+    from lora_scripts.data import text
+
+    grouped = text.batches
+    text.batches = lambda views, size, lengths, *key: grouped(views, size, None, *key)
+
+
+def pefts_layer() -> None:
+    """PEFT's own way through a LoRA layer."""
+    from lora_scripts.models.lora import linear
+
+    linear.in_one_step = lambda layer: None
+
+
+def all_logits_at_once() -> None:
+    """The model's own head on all tokens to learn."""
+    from lora_scripts.models import head
+
+    head.may_come_in_parts = lambda model: False
+
+
+def one_parameter_at_a_time() -> None:
+    """AdamW as a loop over the parameters."""
+    import torch
+
+    fused = torch.optim.AdamW
+
+    def plain(*arguments: Any, **settings: Any) -> torch.optim.AdamW:
+        return fused(*arguments, **{**settings, "fused": False, "foreach": False})
+
+    torch.optim.AdamW = plain  # type: ignore[assignment, misc]
+
+
+def batches_when_needed() -> None:
+    """The next batch is read once it is needed."""
+    from lora_scripts.training import steps
+
+    def one_by_one(task: Any, todo: Any, processes: Any) -> Iterator[tuple[Any, Iterator[Any]]]:
+        for step in todo:
+            own = step.share(processes)
+            yield step, (task.load(indices, step.key) for _, indices in own)
+
+    steps.prefetched = one_by_one
+
+
+BF16 = {"mixed_precision": "bf16"}
+LEVERS: Mapping[str, Lever] = {
+    "the base in bf16, not float32": Lever(Side(), Side(BF16), [TEXT, LONG, IMAGE, LARGE]),
+    "rows of like length side by side": Lever(
+        Side({**BF16, "packing": False}, padded_at_random), Side({**BF16, "packing": False}), [TEXT]
+    ),
+    "rows packed, attention row by row": Lever(
+        Side({**BF16, "packing": False}), Side(BF16), [TEXT, LONG]
+    ),
+    "logits in parts": Lever(Side(BF16, all_logits_at_once), Side(BF16), [TEXT, LONG]),
+    "layer and LoRA in one operation": Lever(
+        Side(BF16, pefts_layer), Side(BF16), [TEXT, LONG, IMAGE, LARGE]
+    ),
+    "latents and captions encoded once": Lever(
+        Side({**BF16, "cache_latents": False, "caption_dropout": 0.1}), Side(BF16), [IMAGE, LARGE]
+    ),
+    "fused AdamW": Lever(Side(BF16, one_parameter_at_a_time), Side(BF16), [TEXT, IMAGE]),
+    "batches read ahead": Lever(Side(BF16, batches_when_needed), Side(BF16), [TEXT, IMAGE]),
+    "gradient checkpointing": Lever(
+        Side(BF16), Side({**BF16, "gradient_checkpointing": True}), [LONG, LARGE]
+    ),
     "tensors mapped alone": Lever(
-        allocator.map_alone,
-        ["SD small, 256², batch 4, bf16", "SD small, 512², batch 1, checkpointing",
-         "Llama 110M, packed, 4 rows"],
+        Side(BF16), Side(BF16, allocator.map_alone), [LONG, LARGE]
     ),
 }  # fmt: skip
 HEAD = """\
-| lever | configuration | s without | s with | ratio | step's memory without | with | ratio |
+| lever | configuration | s/sample without | with | ratio | memory without | with | ratio |
 |---|---|---|---|---|---|---|---|"""
-CHILD = """
-import sys
-from benchmarks import levers, memory_estimate
-if sys.argv[1]:
-    levers.LEVERS[sys.argv[1]].pull()
-memory_estimate.child("step", sys.argv[2])
-"""
 
 
 def main() -> None:
@@ -68,25 +148,69 @@ def main() -> None:
 
 def line(folder: Path, lever: str, case: str, rounds: int) -> str:
     """A row of the table."""
-    config = memory_estimate.write_config(folder, case, memory_estimate.base_of(folder, case))
     found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for _ in range(rounds):
         for pulled in (False, True):
-            found[pulled].append(measure(lever, config, pulled=pulled))
+            told = json.loads(last_line(CHILD, str(folder), lever, case, json.dumps(pulled)))
+            found[pulled].append((told["seconds"], told["peak"]))
     (seconds_off, bytes_off), (seconds_on, bytes_on) = (
         [median(values) for values in zip(*found[pulled], strict=True)] for pulled in (False, True)
     )
     return (
-        f"| {lever} | {case} | {seconds_off:.2f} | {seconds_on:.2f} "
-        f"| {seconds_on / seconds_off:.2f} | {bytes_off / MB:.0f} MB | {bytes_on / MB:.0f} MB "
+        f"| {lever} | {case} | {seconds_off:.3f} | {seconds_on:.3f} "
+        f"| {seconds_on / seconds_off:.2f} | {bytes_off / 1e6:,.0f} MB | {bytes_on / 1e6:,.0f} MB "
         f"| {bytes_on / bytes_off:.2f} |"
     )
 
 
-def measure(lever: str, config: Path, *, pulled: bool) -> tuple[float, float]:
-    """Seconds of a micro-step, and the bytes that it adds."""
-    peak = json.loads(last_line(CHILD, lever if pulled else "", str(config)))
-    return peak["seconds"], peak["ram"] - peak["ram_before"]
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+CHILD = """
+import sys
+from benchmarks import levers
+levers.child(*sys.argv[1:])
+"""
+
+
+def child(folder: str, lever: str, case: str, pulled: str) -> None:
+    """Train a few steps on one side of a lever; print seconds a sample and bytes."""
+    side = LEVERS[lever].pulled if json.loads(pulled) else LEVERS[lever].without
+    side.change()
+    told = CASES[case]
+    config_path = memory_estimate.write_config(
+        Path(folder),
+        Case(told.base, {**told.keys, **side.keys}),
+        memory_estimate.base_of(Path(folder), told.base),
+    )
+    print(json.dumps(trained(str(config_path))))
+
+
+def trained(config_path: str) -> dict[str, float]:
+    """Seconds a sample, and the largest resident set, in the steps of a run."""
+    from lora_scripts.memory import heap, room
+    from lora_scripts.tasks import build
+    from lora_scripts.training import loop, steps
+    from lora_scripts.training.learner import Learner
+
+    config, rows, compute = memory_estimate.prepared(config_path)
+    task = build.build(config, rows, compute)
+    task.encode(lambda what, done, total: None)
+    task.attach()
+    learner = Learner(task, config, compute, STEPS, None)
+    todo = islice(steps.remaining(task, config, learner.position, STEPS, compute.processes), STEPS)
+    loop.switch(task, training=True)
+    seconds = []
+    for step, batches in steps.prefetched(task, todo, compute.processes):
+        if len(seconds) == WARMING:
+            heap.give_back()
+            room.forget_peak()
+        started = time.perf_counter()
+        learner.take(step, batches)
+        learner.clear()
+        samples = sum(len(indices) for indices in step.micro_batches)
+        seconds.append((time.perf_counter() - started) / samples)
+    return {"seconds": median(seconds[WARMING:]), "peak": room.peak_resident()}
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def line(folder: Path, name: str, *, alone: bool) -> str:
 
 def figures(folder: Path, name: str, *, alone: bool = False) -> Figures:
     """Foretell, take a micro-step, train: each in a process of its own."""
-    config = write_config(folder, name, base_of(folder, name))
+    config = write_config(folder, CASES[name], base_of(folder, CASES[name].base))
     way = ALONE if alone else ""
     estimate = estimate_of(json.loads(call(f"{way}foretell", str(config))))
     peak = Peak(**json.loads(call(f"{way}step", str(config))))
@@ -97,11 +97,11 @@ def figures(folder: Path, name: str, *, alone: bool = False) -> Figures:
 
 
 def base_of(folder: Path, name: str) -> Path:
-    """The model of a case, made if need be."""
-    base = folder / "bases" / CASES[name].base.replace(" ", "_").lower()
+    """The model of a name in `BASES`, made if need be."""
+    base = folder / "bases" / name.replace(" ", "_").lower()
     if not base.is_dir():
         half = base.with_suffix(".half")
-        call("base", CASES[name].base, str(half))
+        call("base", name, str(half))
         half.rename(base)
     return base
 
@@ -124,9 +124,8 @@ memory_estimate.child(*sys.argv[1:])
 """
 
 
-def write_config(folder: Path, name: str, base: Path) -> Path:
+def write_config(folder: Path, case: Case, base: Path) -> Path:
     """The config of a case, its data made if need be."""
-    case = CASES[name]
     keys = {**COMMON, **case.keys, "base_model": str(base)}
     keys |= {"output_dir": str(folder / "output" / "run"), "cache_dir": str(folder / "cache")}
     if keys.get("task_type") == "text-generation":

@@ -1,6 +1,6 @@
 """Text, side by side with TRL: the same model, rows, supervised tokens, dtype, number of samples.
 
-    pip install trl==1.16.0
+    pip install -e ".[bench]" -c constraints.txt
     python -m benchmarks.text_vs_trl [--rows short long] [--samples 96] [--rounds 2] [--seeds 1]
 
 Every measurement is a process of its own, the trainers by turns. Ours is `lora_scripts.pipeline`,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from lora_scripts.device import Compute
 from lora_scripts.models import lora
@@ -100,10 +100,12 @@ class Learner:
         optim.set_rates(
             self.optimizer, self.peaks, self.config, step.after.step - 1, self.total_steps
         )
-        loss = self._backward(step, batches)
+        total, count = self._backward(step, batches)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm, norms = get_total_norm(gradients.values()), group_norms(gradients)
-        found = loss, float(norm)
+        norm, norms = gradient_norms(gradients)
+        # one wait for the device in a step: nothing may reach the optimizer unjudged
+        summed, norm_found, *norms_found = torch.stack([total, norm, *norms.values()]).tolist()
+        found = summed / count, norm_found
         usable = nonfinite.is_usable(*found, self.scaler)
         if usable:
             if self.config.max_grad_norm:
@@ -118,19 +120,23 @@ class Learner:
         self.position = step.after
         numbers = {
             "epoch": step.key.epoch + 1,
-            "loss": loss,
+            "loss": found[0],
             **optim.noted_rates(self.optimizer, self.components),
-            "grad_norm": found[1],
+            "grad_norm": norm_found,
             "samples": self.position.samples,
         }
-        return Taken(numbers, norms, gradients, usable and math.isfinite(found[1]))
+        by_group = dict(zip(norms, norms_found, strict=True))
+        return Taken(numbers, by_group, gradients, usable and math.isfinite(norm_found))
 
     def clear(self) -> None:
         """Let the gradients go."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, step: Step, batches: Iterator[Batch]) -> float:
-        """Gradients of all micro-batches, added up and divided by the global count. The loss."""
+    def _backward(self, step: Step, batches: Iterator[Batch]) -> tuple[torch.Tensor, float]:
+        """Gradients of all micro-batches, added up and divided by the global count.
+
+        Returns the sum of losses and the count.
+        """
         total = torch.zeros((), device=self.compute.device)
         count, tallies = 0.0, Counter[str]()
         own = step.share(self.compute.processes)
@@ -147,7 +153,7 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / (count * TOTAL_SCALE))
-        return float(total) / count
+        return total, count
 
     def packed(self, *, passing: bool) -> tuple[State, dict[str, torch.Tensor]]:
         """What a checkpoint keeps. `passing`: it was not due, but is the best or made at a stop."""
@@ -193,14 +199,25 @@ def trained_parameters(task: Task) -> dict[str, nn.Parameter]:
     }
 
 
-def group_norms(gradients: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Gradient norms by block of the model, e.g. `unet.down_blocks.0`, `model.model.layers.7`."""
+def gradient_norms(
+    gradients: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The norm of all gradients together, and by block of the model, still on the device.
+
+    Blocks are named as `unet.down_blocks.0`, `model.model.layers.7`.
+    """
     groups: dict[str, list[torch.Tensor]] = {}
-    for name, gradient in gradients.items():
+    each = torch._foreach_norm(list(gradients.values()))
+    for name, norm in zip(gradients, each, strict=True):
         block = BLOCK.match(name)
-        groups.setdefault(block[0] if block else name, []).append(gradient)
-    norms = torch.stack([get_total_norm(group) for group in groups.values()]).tolist()
-    return dict(zip(groups, norms, strict=True))
+        groups.setdefault(block[0] if block else name, []).append(norm)
+    of_groups = {name: _of_norms(norms) for name, norms in groups.items()}
+    return _of_norms(each), of_groups
+
+
+def _of_norms(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of what has these norms."""
+    return torch.linalg.vector_norm(torch.stack(tuple(norms)))
 
 
 def seeded_dropout(

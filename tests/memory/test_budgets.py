@@ -1,0 +1,20 @@
+"""Runs that a card of 12 GiB must hold, foretold from the models' published shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import budgets
+
+
+@pytest.mark.parametrize("name", budgets.BUDGETS)
+def test_it_fits(tmp_path: Path, name: str) -> None:
+    estimate = budgets.foretold(tmp_path, name)
+    phases = {phase.name: sum(phase.gpu.values()) for phase in estimate.phases}
+    assert {"loading", "training step", "samples", "export"} <= phases.keys()
+    assert ("encoding of the pictures" in phases) == ("8B" not in name)
+    whole = {"SD1.5": 1.6e9, "SDXL": 5.1e9, "Llama": 4.5e9}  # the frozen model alone
+    least = next(size for model, size in whole.items() if name.startswith(model))
+    assert least < phases["training step"] and max(phases.values()) < budgets.BUDGETS[name].limit

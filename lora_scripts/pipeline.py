@@ -128,7 +128,7 @@ def _run(
     with run_folder.in_use(config.output_dir):
         run_folder.make_room(config)
         with file_log(config.output_dir / "run.log"):
-            start = run_folder.decide(config)
+            start = run_folder.decide(config, processes.size)
             preflight.say(warnings)
             if not start.finished:
                 disk.check(config, rows)
@@ -245,7 +245,7 @@ def _prepare(
             config = batch_size.smallest(config, processes)
             task.batch = config.micro_batch
             seconds = peak.seconds
-    total = steps.count(task, config, processes, saved.position if saved else None)
+    total = steps.count(task, config, processes)
     telling.announce(task, config, compute, total)
     if saved is not None:
         telling.another_length(saved.total_steps, total, config)

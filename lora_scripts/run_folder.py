@@ -21,6 +21,8 @@ __all__ = ["Start", "decide", "in_use", "refuse_other_inputs", "standing", "writ
 
 logger = logging.getLogger(__name__)
 
+ACCUMULATION = "gradient_accumulation_steps"
+SHOWN = 8  # numbers of processes of which it is said what they would have to set
 # Keys that may differ between a checkpoint and the config that goes on from it: they change what
 # is written, shown or how far a run goes, not the steps themselves. What data, base model (its VAE
 # included) and init_lora are is told by their hashes, so their paths may change.
@@ -53,13 +55,15 @@ def make_room(config: Config) -> None:
         _move_aside(config.output_dir, config.output_name)
 
 
-def decide(config: Config) -> Start:
+def decide(config: Config, processes: int = 1) -> Start:
     """What `resume` means for this config and this folder.
+
+    `processes`: how many go on together.
 
     Raises:
         UserError: if a checkpoint does not fit the config, with the differences and the ways on.
     """
-    start = standing(config)
+    start = standing(config, processes)
     if start.checkpoint is None:
         return start
     path, state = start.checkpoint
@@ -70,8 +74,10 @@ def decide(config: Config) -> Start:
     return start
 
 
-def standing(config: Config) -> Start:
+def standing(config: Config, processes: int | None = None) -> Start:
     """Where a run of this config begins; nothing is written.
+
+    `processes`: how many go on together; None: as many as fit.
 
     Raises:
         UserError: if a checkpoint does not fit the config, with the differences and the ways on.
@@ -92,7 +98,7 @@ def standing(config: Config) -> Start:
                 what = f"found {text}; must be auto, never, or a folder checkpoints/step-NNNNNN"
                 raise user_error("resume", what)
     state = checkpoint.read_state(path)
-    _refuse_changes(config, path, state)
+    _refuse_changes(config, path, state, processes)
     finished = _is_finished(folder, config, state)
     if not finished:
         _refuse_other_base(config, path, state)
@@ -145,21 +151,25 @@ def _is_finished(folder: Path, config: Config, state: State) -> bool:
     return same_length and files_there and bool(last_step == state.position.step)
 
 
-def _refuse_changes(config: Config, path: Path, state: State) -> None:
+def _refuse_changes(config: Config, path: Path, state: State, processes: int | None) -> None:
     now = config.model_dump(mode="json")
     try:
         then = _in_todays_keys(state.config, type(config))
-    except (TypeError, ValueError, LookupError, AttributeError):
+        other_step = _other_step(now, then, state.processes, processes)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
         what = "its config is not one of this program; the checkpoint is damaged"
         raise user_error(str(path / "state.json"), what) from None
-    free = set(FREE_KEYS)
-    if now["batch_size"] == "auto" and samples_of(now) == samples_of(then):
-        free |= {"batch_size", "gradient_accumulation_steps"}  # the checkpoint's are kept
+    free = {*FREE_KEYS, ACCUMULATION}
+    if now["batch_size"] == "auto":
+        free.add("batch_size")  # the checkpoint's is kept
     changed = [key for key in now if key not in free and now[key] != then[key]]
     problems = [
         Problem(key, f"found {now[key]}, but {path.name} was trained with {then[key]}")
         for key in changed
     ]
+    if other_step:
+        what = f"found {now[ACCUMULATION]}, but {path.name} was trained with {other_step}"
+        problems.append(Problem(ACCUMULATION, what))
     if config.mixed_precision not in ("auto", state.precision):
         what = f"found {config.mixed_precision}, but {path.name} was trained with {state.precision}"
         problems.append(Problem("mixed_precision", what))
@@ -181,10 +191,35 @@ def _refuse_other_base(config: Config, path: Path, state: State) -> None:
         raise UserError([*error.problems, Problem("base_model", _ways_on())]) from None
 
 
-def samples_of(config: Mapping[str, Any]) -> int:
-    """How many samples make an optimizer step, by a config's keys as plain values."""
-    size = config["batch_size"]
-    return int(config["gradient_accumulation_steps"]) * (1 if size == "auto" else int(size))
+def _other_step(
+    now: Mapping[str, Any], then: Mapping[str, Any], before: int, processes: int | None
+) -> str:
+    """With what a step was trained that would take other micro-batches now; "" if it would not.
+
+    N processes with an accumulation of k take in a step what one takes with N × k. `now`, `then`:
+    a config's keys as plain values; `before`, `processes`: how many there were and are, if known.
+    """
+    # with `auto` the key counts samples, and the checkpoint's batch is kept
+    unit = int(then["batch_size"]) if now["batch_size"] == "auto" else 1
+    whole, found = before * int(then[ACCUMULATION]) * unit, now[ACCUMULATION]
+    taken = found * (processes or whole // found)
+    if taken == whole and found % unit == 0:
+        return ""
+    if before == processes == 1:
+        return f"{whole}"
+    was = f"{_so_many(before)} × {whole // before}"
+    most = processes or SHOWN
+    ways = [n for n in range(1, most + 1) if whole % (n * unit) == 0]
+    if processes is None:
+        return f"{was}: set " + ", ".join(f"{whole // n} with {_so_many(n)}" for n in ways)
+    if processes in ways:
+        return f"{was}: with {_so_many(processes)} set {ACCUMULATION}: {whole // processes}"
+    fewer = ", ".join(map(str, ways))
+    return f"{was}, which {_so_many(processes)} cannot share alike; as many can: {fewer}"
+
+
+def _so_many(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def _in_todays_keys(

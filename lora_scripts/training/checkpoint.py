@@ -30,10 +30,15 @@ from lora_scripts import tensor_files
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import file_hash, replace, sync, write_text
 
-FORMAT_VERSION = 4  # 4: OWN_SUM; 3: may hold a moving average, and optimizer states that are maps
+# 5: processes; 4: OWN_SUM; 3: may hold a moving average, and optimizer states that are maps
+FORMAT_VERSION = 5
 OWN_SUM = "state_sha256"  # what state.json says, without this key
 ADAPTER = "adapter."  # before the names of the adapters as they are trained
-ADDED_IN_2: dict[str, Any] = {"best": None, "tallies": {}, "passing": False}
+# What a format has brought, and what it was before
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"best": None, "tallies": {}, "passing": False},
+    5: {"processes": 1},
+}
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 _NO_STATE = "does not hold what it must; the checkpoint is damaged, or not made by this program"
 HALF = re.compile(r"\.step-\d{6,}\.(tmp|removed-\d+)")  # left by a stop while writing or removing
@@ -67,12 +72,18 @@ def judged(best: Best | None, step: int, loss: float) -> Best:
 
 @dataclass(frozen=True)
 class State:
-    """What `state.json` holds. `passing`: saved though it was not due: the best, or at a stop."""
+    """What `state.json` holds.
+
+    Attributes:
+        passing: Saved though it was not due: the best, or at a stop.
+        processes: How many took part in each step.
+    """
 
     position: Position
     best: Best | None
     tallies: Mapping[str, int]
     passing: bool
+    processes: int
     total_steps: int
     precision: str
     scaler: Mapping[str, Any]
@@ -186,15 +197,16 @@ def read_state(checkpoint: Path) -> State:
         raise user_error(str(checkpoint / "state.json"), what) from None
     if not isinstance(values, dict):
         raise user_error(str(checkpoint / "state.json"), _NO_STATE)
-    if values.get("format_version") == 1:
-        values |= {"format_version": 2, **ADDED_IN_2}
-    found = values.get("format_version")
-    if found not in (2, 3, FORMAT_VERSION):
+    found: Any = values.get("format_version")
+    if found not in range(1, FORMAT_VERSION + 1):
         what = f"has format_version {found}; this version reads 1 to {FORMAT_VERSION}"
         raise user_error(str(checkpoint / "state.json"), what)
-    if found == FORMAT_VERSION and values.get(OWN_SUM) != _sum_of(values):
+    if found >= 4 and values.get(OWN_SUM) != _sum_of(values):
         what = "is damaged: its checksum is not the one noted in it"
         raise user_error(str(checkpoint / "state.json"), what)
+    for version, added in ADDED.items():
+        if found < version:
+            values |= added
     there = {path.name for path in checkpoint.iterdir()}
     for name, expected in _sums(checkpoint, values).items():
         path = checkpoint / name
@@ -224,6 +236,8 @@ def _state_of(checkpoint: Path, values: Mapping[str, Any]) -> State:
         raise user_error(str(checkpoint / "state.json"), f"{_NO_STATE}: {place}") from None
     if min(asdict(state.position).values()) < 0:
         raise user_error(str(checkpoint / "state.json"), f"{_NO_STATE}: position")
+    if state.processes < 1:
+        raise user_error(str(checkpoint / "state.json"), f"{_NO_STATE}: processes")
     return state
 
 

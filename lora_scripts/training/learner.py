@@ -163,6 +163,7 @@ class Learner:
             best=self.best,
             tallies=dict(self.tallies),
             passing=passing,
+            processes=self.compute.processes.size,
             total_steps=self.total_steps,
             precision=self.compute.precision,
             scaler=self.scaler.state_dict(),

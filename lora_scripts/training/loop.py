@@ -58,8 +58,7 @@ def train(
         WorkError: if the loss or a gradient is not finite.
     """
     processes = compute.processes
-    position = start[1].position if start else None
-    total_steps = steps.count(task, config, processes, position)
+    total_steps = steps.count(task, config, processes)
     learner = Learner(task, config, compute, total_steps, start)
     clock = Clock()
 

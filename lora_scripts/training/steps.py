@@ -38,18 +38,13 @@ def at_once(config: Config, processes: Processes) -> int:
     return config.gradient_accumulation_steps * processes.size
 
 
-def count(task: Task, config: Config, processes: Processes, start: Position | None = None) -> int:
-    """Optimizer steps of the whole run: the epochs, or the cap `max_train_steps`.
-
-    `start`: where a run goes on; the steps before it may have been of another number of processes.
-    """
-    position = start or Position()
+def count(task: Task, config: Config, processes: Processes) -> int:
+    """Optimizer steps of the whole run: the epochs, or the cap `max_train_steps`."""
     size = at_once(config, processes)
-    total = position.step
-    for epoch in range(position.epochs_done, config.epochs):
-        done = position.batches_done if epoch == position.epochs_done else 0
-        batches = len(task.plan(Key(config.seed, "train", epoch))) - done
-        total += math.ceil(batches / size)  # the last one may hold fewer micro-batches
+    total = sum(
+        math.ceil(len(task.plan(Key(config.seed, "train", epoch))) / size)
+        for epoch in range(config.epochs)  # the last step of one may hold fewer micro-batches
+    )
     return min(total, config.max_train_steps or total)
 
 

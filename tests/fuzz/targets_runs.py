@@ -57,8 +57,8 @@ def _runs(work: Path) -> list[Files]:
         state = State(
             position=Position(step, 1, 1, step * 2),
             best=checkpoint.Best(2, 0.5) if step == 4 else None,
-            tallies={"tokens": 7}, passing=False, total_steps=8, precision="fp16",
-            scaler={"scale": 65536.0, "growth_tracker": 3}, optimizer=numbers,
+            tallies={"tokens": 7}, passing=False, processes=1, total_steps=8,
+            precision="fp16", scaler={"scale": 65536.0, "growth_tracker": 3}, optimizer=numbers,
             config=_config(folder).model_dump(mode="json"),
             fingerprint={"data": "x", "base_model": "y"},
         )  # fmt: skip

@@ -21,6 +21,7 @@ from tests import runs, text_toys, toys
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ACCUMULATION = "gradient_accumulation_steps"
 SAME_FOR_ALL = ("step", "epoch", "samples", "tokens", "learning_rate")
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun needs libuv on Windows")
@@ -112,17 +113,34 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, texts: dict[str, Any]) -
     assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_another_number_of_processes_goes_on_with_the_next_samples(
-    tmp_path: Path, texts: dict[str, Any]
+@pytest.mark.parametrize(("first", "then"), [((2, 1), (1, 2)), ((1, 4), (2, 2))])
+def test_another_number_of_processes_goes_on_with_steps_of_as_many_samples(
+    tmp_path: Path, texts: dict[str, Any], first: tuple[int, int], then: tuple[int, int]
 ) -> None:
-    run = write(tmp_path, "run", texts, gradient_accumulation_steps=2, lr_scheduler="constant")
+    """The losses are those of the run that was not stopped, the samples come in its order."""
+    trained(write(tmp_path, "whole", texts, **accumulated(first)), first[0])
+    parts = write(tmp_path, "parts", texts, **accumulated(first))
+    trained(parts, first[0], "max_train_steps=2")
+    said = trained(parts, then[0], f"{ACCUMULATION}={then[1]}")
+    assert "step-000002" in said
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def accumulated(counts: tuple[int, int]) -> dict[str, Any]:
+    """Keys of a run by so many processes that accumulate so many micro-batches."""
+    return {ACCUMULATION: counts[1], "lr_scheduler": "constant"}
+
+
+def test_steps_of_more_or_less_samples_are_refused(tmp_path: Path, texts: dict[str, Any]) -> None:
+    run = write(tmp_path, "run", texts, gradient_accumulation_steps=4)
     trained(run, 2, "max_train_steps=1")
-    trained(run, 1)
-    rows = [row for row in runs.metrics(tmp_path / "run") if "loss" in row]
-    per_epoch = rows[-1]["samples"] // 2
-    assert rows[0]["samples"] == 4 and rows[1]["samples"] == 6
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert any(row["samples"] == per_epoch for row in rows), "an epoch has each sample once"
+    process = train(run, 1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    told = " ".join(errors.split())
+    assert "found 4, but step-000001 was trained with 2 processes × 4: with 1 process set" in told
+    assert "gradient_accumulation_steps: 8" in told
+    assert runs.metrics(tmp_path / "run")[-1]["step"] == 1, "nothing was written"
 
 
 def test_a_process_that_is_gone_ends_the_run_by_name_and_the_run_goes_on(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_scripts import __version__, preflight
+from lora_scripts import __version__, hosts, preflight
 from lora_scripts import config as config_file
 from lora_scripts.errors import EXIT_INTERRUPTED, Problem, UserError, WorkError, user_error
 from lora_scripts.logs import file_log, quiet, quiet_libraries
@@ -76,7 +76,7 @@ def _run_here(
         quiet()
     draft = config_file.read(config_path, overrides)
     rows, own = preflight.inputs(draft)
-    problems = preflight.of_all(own, processes)
+    problems = [*hosts.problems(draft, processes), *preflight.of_all(own, processes)]
     try:
         preflight.refuse(problems, draft)
     except UserError as error:

@@ -21,7 +21,7 @@ from lora_scripts.errors import UNNAMED, DataError, Problem, UserError, few, use
 from lora_scripts.models import hub, kinds, signature, text_signature, vae_signature
 from lora_scripts.models.header import read_header
 from lora_scripts.models.json_file import read_json
-from lora_scripts.processes import Processes
+from lora_scripts.processes import Processes, some_of
 from lora_scripts.schema import Dataset, ImageDataset, TextConfig
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def of_all(own: Sequence[Problem], processes: Processes) -> list[Problem]:
     result = []
     for problem in found:
         who = [name for name, problems in every if problem in problems]
-        where = "" if len(who) == len(every) else f" ({', '.join(who)})"
+        where = "" if len(who) == len(every) else f" ({some_of(who)})"
         result.append(replace(problem, what=f"{problem.what}{where}"))
     return result
 

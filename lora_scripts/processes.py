@@ -25,6 +25,7 @@ Value = TypeVar("Value")
 # Rank 0 may encode a large data set while the others wait; that one of them is gone is noticed by
 # the pulse, not by this.
 PATIENCE = timedelta(days=7)
+FEW = 4  # processes that are named
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,12 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Names of processes for a message: the first few, and how many there are besides."""
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
 
 
 @contextmanager

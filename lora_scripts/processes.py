@@ -68,16 +68,6 @@ class Processes:
             with self._speaking():
                 torch.distributed.all_reduce(tensor)
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
-        if self.size == 1:
-            return flag
-        import torch
-
-        count = torch.tensor(float(flag))
-        self.add_up(count)
-        return bool(count)
-
     def told_by_first(self, value: Value) -> Value:
         """What the first process has for `value`."""
         if self.size == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from lora_scripts.training.steps import Step
 from lora_scripts.training.sums import Sums
 
 BLOCK = re.compile(r".*?\.\d+(?=\.)")  # a path up to its first number
+STOPPING = "stopping"  # beside a step's tallies: how many processes were told to stop
 TOTAL_SCALE = 2.0**-7  # keeps an fp16 backward of a sum over many items from overflowing
 
 
@@ -39,12 +40,14 @@ class Taken:
         norms: Of the gradients, by block of the model, before clipping.
         gradients: By parameter; of a step that was left out as they came.
         usable: Whether they were used: finite, and not left out.
+        stopping: Whether any process had been told to stop when they were added up.
     """
 
     numbers: Mapping[str, float]
     norms: Mapping[str, float]
     gradients: Mapping[str, torch.Tensor]
     usable: bool
+    stopping: bool
 
 
 class Learner:
@@ -91,8 +94,11 @@ class Learner:
             self.position, self.best = state.position, state.best
             self.tallies.update(state.tallies)
 
-    def take(self, step: Step, batches: Iterator[Batch]) -> Taken:
+    def take(self, step: Step, batches: Iterator[Batch], told_to_stop: Callable[[], bool]) -> Taken:
         """Take one optimizer step; `clear` its gradients afterwards.
+
+        `told_to_stop`: whether this process was; all learn of it with the gradients, as a message
+        of its own would take longer than they among hundreds of processes.
 
         Raises:
             WorkError: if the loss or a gradient is not finite and may not be left out.
@@ -100,7 +106,7 @@ class Learner:
         optim.set_rates(
             self.optimizer, self.peaks, self.config, step.after.step - 1, self.total_steps
         )
-        total, count = self._backward(step, batches)
+        total, count, stopping = self._backward(step, batches, told_to_stop)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norm, norms = gradient_norms(gradients)
         # one wait for the device in a step: nothing may reach the optimizer unjudged
@@ -126,16 +132,19 @@ class Learner:
             "samples": self.position.samples,
         }
         by_group = dict(zip(norms, norms_found, strict=True))
-        return Taken(numbers, by_group, gradients, usable and math.isfinite(norm_found))
+        finite = usable and math.isfinite(norm_found)
+        return Taken(numbers, by_group, gradients, finite, stopping)
 
     def clear(self) -> None:
         """Let the gradients go."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, step: Step, batches: Iterator[Batch]) -> tuple[torch.Tensor, float]:
+    def _backward(
+        self, step: Step, batches: Iterator[Batch], told_to_stop: Callable[[], bool]
+    ) -> tuple[torch.Tensor, float, bool]:
         """Gradients of all micro-batches, added up and divided by the global count.
 
-        Returns the sum of losses and the count.
+        Returns the sum of losses, the count, and whether any process was told to stop.
         """
         total = torch.zeros((), device=self.compute.device)
         count, tallies = 0.0, Counter[str]()
@@ -148,12 +157,14 @@ class Learner:
                 total += loss.total.detach()
                 count += loss.count
                 tallies.update(loss.tallies)
+        tallies[STOPPING] = told_to_stop()
         total, count = self.sums.over_processes(total, count, tallies)
+        stopping = bool(tallies.pop(STOPPING))
         self.tallies.update(tallies)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / (count * TOTAL_SCALE))
-        return total, count
+        return total, count, stopping
 
     def packed(self, *, passing: bool) -> tuple[State, dict[str, torch.Tensor]]:
         """What a checkpoint keeps. `passing`: it was not due, but is the best or made at a stop."""

@@ -104,7 +104,7 @@ def train(
         for step, batches in steps.prefetched(task, todo, processes):
             switch(task, training=True)
             with clock.time("step"):
-                taken = learner.take(step, batches)
+                taken = learner.take(step, batches, stopped.is_set)
                 number = learner.position.step
                 log.step(number, taken.numbers, learner.tallies, taken.norms)
                 if taken.usable and number % config.histogram_steps == 0:
@@ -120,7 +120,8 @@ def train(
             done = learner.is_done()
             planned = done or due(config, step)
             is_best = learner.best is not None and learner.best.step == number
-            stopping = processes.any(stopped.is_set())
+            # several must stop after the same step: what one was told later is for the next
+            stopping = taken.stopping if processes.size > 1 else stopped.is_set()
             if planned or is_best or stopping:
                 save(passing=not planned)
             if done or stopping:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 
 from lora_scripts import pulse
 from lora_scripts.pulse import Work
+from lora_scripts.training import checkpoint
 from tests import runs, text_toys, toys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,13 +29,17 @@ SAME_FOR_ALL = ("step", "epoch", "samples", "tokens", "learning_rate")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun needs libuv on Windows")
 
 
-def train(config: Path, processes: int, *overrides: str) -> subprocess.Popen[str]:
+def train(
+    config: Path, processes: int, *overrides: str, torchrun: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """The command as people type it; a process computes on one thread."""
-    start = [*TORCHRUN, "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
+    several = [*TORCHRUN, *torchrun, "--nproc_per_node", str(processes)]
+    start = several if processes > 1 else [sys.executable]
     return subprocess.Popen(
         [*start, str(ROOT / "train.py"), "--config", str(config), *overrides],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # torchrun waits so many seconds for the others when one has ended
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "26"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,24 +149,44 @@ def test_steps_of_more_or_less_samples_are_refused(tmp_path: Path, texts: dict[s
     assert runs.metrics(tmp_path / "run")[-1]["step"] == 1, "nothing was written"
 
 
+@pytest.mark.parametrize(
+    ("rank", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),  # it hangs, and nobody is told
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_is_gone_ends_the_run_by_name_and_the_run_goes_on(
-    tmp_path: Path, texts: dict[str, Any]
+    tmp_path: Path, texts: dict[str, Any], rank: int, how: signal.Signals
 ) -> None:
     config = write(tmp_path, "run", texts, gradient_accumulation_steps=2, epochs=400)
     run = train(config, 2)
     children = wait_for_checkpoint(run, tmp_path / "run")
-    os.kill(children[1], signal.SIGSTOP)  # it hangs, and nobody is told
+    os.kill(children[rank], how)
     began = time.monotonic()
-    _, errors = run.communicate(timeout=60)
+    said, errors = run.communicate(timeout=75)
     assert time.monotonic() - began < 60
     assert run.returncode != 0
-    assert "Stopped: rank 1 on" in errors + (tmp_path / "run" / "run.log").read_text("utf-8")
-    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert f"Stopped: rank {rank} on {socket.gethostname()} " in said, said + errors
+    checkpoints = checkpoint.listed(tmp_path / "run" / "checkpoints")
+    checkpoint.read_state(checkpoints[-1])  # it is whole
     step = int(checkpoints[-1].name.removeprefix("step-"))
     said = trained(config, 2, f"max_train_steps={step + 2}")
     assert f"Going on from {checkpoints[-1]}" in said
     steps = [row["step"] for row in runs.metrics(tmp_path / "run") if "loss" in row]
     assert steps == list(range(1, step + 3)), "no step twice, none missing"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_which_go_on(tmp_path: Path, texts: dict[str, Any]) -> None:
+    config = write(tmp_path, "run", texts, gradient_accumulation_steps=2, epochs=20)
+    run = train(config, 2, torchrun=("--max-restarts", "1"))
+    os.kill(wait_for_checkpoint(run, tmp_path / "run")[1], signal.SIGKILL)
+    said, errors = run.communicate(timeout=200)
+    assert run.returncode == 0, said + errors
+    assert "Going on from" in said and "Done in" in said
 
 
 def wait_for_checkpoint(run: subprocess.Popen[str], output: Path) -> list[int]:
@@ -177,6 +203,23 @@ def wait_for_checkpoint(run: subprocess.Popen[str], output: Path) -> list[int]:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         by_rank.update({int(e[5:]): pid for e in environment if e.startswith(b"RANK=")})
     return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def test_all_stop_after_the_same_step(tmp_path: Path, texts: dict[str, Any]) -> None:
+    """One of them is told to, and the same command goes on to the bits of a whole run."""
+    changes = {"gradient_accumulation_steps": 2, "epochs": 20, "save_steps": 5}
+    config = write(tmp_path, "parts", texts, **changes)
+    run = train(config, 2)
+    os.kill(wait_for_checkpoint(run, tmp_path / "parts")[1], signal.SIGTERM)
+    said, errors = run.communicate(timeout=75)
+    assert run.returncode != 0
+    assert "Interrupted after step" in said, said + errors
+    trained(config, 2)
+    trained(write(tmp_path, "whole", texts, **changes), 2)
+    expected, found = (
+        load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "parts")
+    )
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_problem_that_all_have_is_told_once(tmp_path: Path, texts: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_scripts import adapters
+from lora_scripts import adapters, collector
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import user_error
 
@@ -39,12 +39,13 @@ def run(request: ChatRequest) -> None:
     """
     adapters.check(request.loras)
     base, found = adapters.find_base(request.loras, request.base)
-    from lora_scripts import device
-    from lora_scripts.data.chat import ChatFormat
-    from lora_scripts.logs import quiet_libraries
-    from lora_scripts.models import causal_lm, lora
+    with collector.importing():
+        from lora_scripts import device
+        from lora_scripts.data.chat import ChatFormat
+        from lora_scripts.logs import quiet_libraries
+        from lora_scripts.models import causal_lm, lora
 
-    quiet_libraries()
+        quiet_libraries()
     compute = device.choose(request.device, "auto")
     loaded = causal_lm.load(found, compute)
     model, tokenizer = loaded.model, loaded.tokenizer

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from PIL import Image
 
+from lora_scripts import collector, grid
 from lora_scripts import config as config_file
-from lora_scripts import grid
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.models import lora_layouts
@@ -80,11 +80,13 @@ def run(request: SampleRequest) -> Path:
     config = _config_of(request)
     _check(request, config)
     sheet = _sheet(request, config)
-    from lora_scripts import device
-    from lora_scripts.logs import quiet_libraries
-    from lora_scripts.tasks import build
+    with collector.importing():
+        from lora_scripts import device
+        from lora_scripts.logs import quiet_libraries
+        from lora_scripts.models import sd, sdxl  # noqa: F401
+        from lora_scripts.tasks import build
 
-    quiet_libraries()
+        quiet_libraries()
     base = request.base or (config.base_model if config else "")
     compute = device.choose(request.device, "auto")
     family = build.load_family(build.find_base(base), compute, _options(request, config))

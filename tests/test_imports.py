@@ -10,6 +10,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+import pytest
+
 import lora_scripts
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +69,28 @@ print(*(name for name in sys.argv[2:] if name in sys.modules))
 """
 
 
-def python(code: str, *arguments: str) -> str:
+# `main` leaves by SystemExit, with its code
+ANSWER = """
+import sys
+from lora_scripts.cli import main
+heavy, arguments = sys.argv[1].split(","), sys.argv[2:]
+try:
+    main(arguments)
+finally:
+    print("imported:", *(name for name in heavy if name in sys.modules))
+"""
+# real data and a real base are read and looked through before the mistakes are told
+MISTAKEN = """
+base_model: assets/demo/model
+train_data_dir: assets/demo/style_images
+output_dir: {folder}/output
+cache_dir: {folder}/cache
+lora_rnk: 8
+learning_rate: fast
+"""
+
+
+def python(code: str, *arguments: str, code_of_exit: int = 0) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -75,7 +98,7 @@ def python(code: str, *arguments: str) -> str:
         encoding="utf-8",
         timeout=120,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == code_of_exit, result.stderr
     return result.stdout.strip()
 
 
@@ -87,6 +110,20 @@ def test_importing_changes_nothing() -> None:
 def test_what_answers_at_once_imports_nothing_heavy() -> None:
     for name in ("cli", "config", "yaml_source", "preflight", "pipeline", "models.signature"):
         assert python(IMPORT_ONE, f"lora_scripts.{name}", *HEAVY) == "", name
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["label", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    said = python(ANSWER, ",".join((*HEAVY, "numpy", "PIL")), *arguments)
+    assert said.splitlines()[-1] == "imported:"
+    assert "Usage: lora-scripts" in said
+
+
+def test_mistakes_in_a_config_are_told_without_anything_heavy(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(MISTAKEN.format(folder=tmp_path.as_posix()), encoding="utf-8")
+    said = python(ANSWER, ",".join(HEAVY), "train", "--config", str(file), code_of_exit=2)
+    assert said == "imported:"
 
 
 def test_imports_go_one_way() -> None:

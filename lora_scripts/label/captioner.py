@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_scripts import collector
 from lora_scripts.errors import UserError, user_error
 from lora_scripts.label import weights
 from lora_scripts.label.settings import Caption as Caption
@@ -83,7 +84,8 @@ def load(name: str, path: Path, settings: Settings, device: str) -> Caption:
     Raises:
         UserError: The device or a package is missing, or a setting is impossible for the model.
     """
-    from lora_scripts.label import blip, blip2, florence2, vlm, wd14
+    with collector.importing():
+        from lora_scripts.label import blip, blip2, florence2, vlm, wd14
 
     match name:
         case "blip":

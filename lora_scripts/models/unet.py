@@ -76,10 +76,11 @@ def denoise(
 
     `added`: what the UNet is told beside the text, under diffusers' names.
     """
+    dtype = unet.dtype  # asked once: diffusers goes through all modules for it
     output_BCHW: torch.Tensor = unet(
-        noisy_BCHW.to(unet.dtype),
+        noisy_BCHW.to(dtype),
         timesteps_B,
-        encoder_hidden_states=conditioning["embedding"].to(unet.dtype),
+        encoder_hidden_states=conditioning["embedding"].to(dtype),
         encoder_attention_mask=conditioning.get(MASK),
         added_cond_kwargs=added,
         return_dict=False,

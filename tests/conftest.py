@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # several processes at once: threads that wait for each other would slow all of them down
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """The libraries are imported and stay: every run's search for garbage need not pass them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -17,22 +17,23 @@ MB = 10**6
 # A large tensor dies: glibc takes its heap for all that are smaller from now on. Then come tensors
 # of half a megabyte with smaller ones between them, which stay when the others die.
 TENSORS_COME_AND_GO = """
-import sys
+import resource, sys
 from lora_scripts import allocator
 import torch
 if sys.argv[1] == "alone":
     print(allocator.map_alone(), allocator.maps_alone())
-from lora_scripts.memory import room
-before = room.resident()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
 large = [torch.ones(7_500_000)]
 large.clear()
 tensors, staying = [], []
 for number in range(400):
     tensors.append(torch.ones(125_000))
     staying.append(torch.ones(5_000))
-most = room.resident() - before
+most = resident() - before
 tensors.clear()
-print(most, room.resident() - before)
+print(most, resident() - before)
 """
 
 

@@ -85,15 +85,17 @@ def test_the_data_are_80_stencils_and_40_other_names() -> None:
 
 def test_the_demo_learns_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    prompts = load(Path("configs/demo_image.yaml")).sample_prompts
+    quick = [{**prompt.model_dump(exclude_none=True), "steps": 5} for prompt in prompts]
     overrides = [
         f"output_dir={json.dumps(str(tmp_path / 'out'))}",
         f"cache_dir={json.dumps(str(tmp_path / 'cache'))}",
         "max_train_steps=30",
         "lr_warmup_steps=5",
         "sample_steps=30",
+        f"sample_prompts={json.dumps(quick)}",
     ]
     assert pipeline.run(Path("configs/demo_image.yaml"), overrides) == pipeline.EXIT_DONE
     rows = [row for row in runs.metrics(tmp_path / "out") if "eval_loss" in row]
     assert rows[-1]["eval_loss"] < 0.9 * rows[0]["eval_loss"]
-    prompts = load(Path("configs/demo_image.yaml")).sample_prompts
     assert len(list((tmp_path / "out" / "samples").glob("*.png"))) == 2 * len(prompts)

@@ -88,8 +88,9 @@ import torch
 from diffusers import AutoencoderKL
 from lora_scripts.memory import heap, room
 from lora_scripts.memory.tracker import Tracker, tensors_of
-down, up = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
-vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=[32, 64])
+# three levels: the attention in the middle, among a quarter of the pixels, stays cheap
+down, up = ["DownEncoderBlock2D"] * 3, ["UpDecoderBlock2D"] * 3
+vae = AutoencoderKL(down_block_types=down, up_block_types=up, block_out_channels=[32, 32, 64])
 vae.requires_grad_(False)
 pixels = torch.randn(2, 3, 256, 256).requires_grad_(True)
 

@@ -7,10 +7,11 @@ largest that fits becomes the batch, and what is left over is accumulated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_scripts import memory
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.device import Compute
 from lora_scripts.errors import out_of_memory
 from lora_scripts.memory import Peak
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def settle(
     config: Config,
-    rows: Sequence[tuple[Any, Any]],
+    rows: AnyRows,
     compute: Compute,
     saved: Mapping[str, Any] | None,
 ) -> Config:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_scripts import config as config_file
 from lora_scripts import picture_checks, preflight, report
 from lora_scripts.data.caption_checks import composed
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.errors import UserError, user_error
 from lora_scripts.logs import silent
 from lora_scripts.schema import ImageConfig, TextConfig
@@ -153,9 +154,7 @@ def _format(config: TextConfig) -> tuple[Any, ChatFormat]:
     return tokenizer, format
 
 
-def _encode_all(
-    rows: Sequence[tuple[Any, Any]], format: ChatFormat, config: TextConfig
-) -> dict[str, int]:
+def _encode_all(rows: AnyRows, format: ChatFormat, config: TextConfig) -> dict[str, int]:
     """Tokenise all rows into the cache, where the training will find them. Figures of it.
 
     Raises:
@@ -164,7 +163,7 @@ def _encode_all(
     from lora_scripts.data import text
 
     encoding = text.encode(rows, format, config, lambda done, total: None)
-    for remark in text.remarks(format, encoding, config):
+    for remark in text.remarks(format, encoding, rows, config):
         logger.warning("%s", remark)
     lengths, learned = encoding.lengths(), int(encoding.learned.sum())
     return {

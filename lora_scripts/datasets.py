@@ -47,6 +47,16 @@ def _dataset(entry: dict[str, Any], *, is_text: bool) -> Dataset:
     return TextDataset.model_validate(entry) if is_text else ImageDataset.model_validate(entry)
 
 
+def cache_dir(draft: Draft) -> Path:
+    """Where the run keeps encoded data; the default beside a mistake in that key."""
+    if draft.config is not None:
+        return draft.config.cache_dir
+    written = draft.values.get("cache_dir")
+    if isinstance(written, str) and written.strip():
+        return Path(written).expanduser()
+    return Path(str(TextConfig.model_fields["cache_dir"].default))
+
+
 def trouble(path: Path, *, file_too: bool) -> str | None:
     """Why `path` is no folder (or file) to read; None if it is one."""
     try:
@@ -68,19 +78,20 @@ def _not_there(path: Path) -> str:
 
 
 def read(
-    draft: Draft, location: Location, dataset: Dataset, *, is_alone: bool
+    draft: Draft, location: Location, dataset: Dataset, spool_dir: Path, *, is_alone: bool
 ) -> tuple[Sequence[Any], list[Problem]]:
     """The records of one dataset, and every problem, each with its place.
 
-    `is_alone`: no other dataset is named; else places are told with their folders.
+    `spool_dir`: near which texts are put on disk. `is_alone`: no other dataset is named; else
+    places are told with their folders.
     """
-    found, problems = _read(dataset)
+    found, problems = _read(dataset, spool_dir)
     if isinstance(dataset, ImageDataset) and not is_alone:
         found, problems = _with_folder(dataset.path, found, problems)
     return found, [_placed(draft, location, problem) for problem in problems]
 
 
-def _read(dataset: Dataset) -> tuple[Sequence[Any], list[Problem]]:
+def _read(dataset: Dataset, spool_dir: Path) -> tuple[Sequence[Any], list[Problem]]:
     """The records of one dataset; a file that cannot be looked at becomes a problem."""
     try:
         match dataset:
@@ -89,7 +100,7 @@ def _read(dataset: Dataset) -> tuple[Sequence[Any], list[Problem]]:
                     dataset.path, dataset.metadata_path, dataset.caption_keys
                 )
             case TextDataset():
-                found = conversations.read_texts(dataset.path, dataset.metadata_path)
+                found = conversations.read_texts(dataset.path, dataset.metadata_path, spool_dir)
                 forms = ", ".join(f"{count:,} × {form}" for form, count in found.forms.items())
                 if forms:
                     logger.info("Data in %s: %s", dataset.path, forms)

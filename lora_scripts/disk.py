@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lora_scripts import belonging, preflight, run_files, written
 from lora_scripts.belonging import Base
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.schema import Config, TextConfig
 from lora_scripts.written import BESIDE_LIMIT, Outlook
@@ -31,7 +30,7 @@ class Room:
     cache_free: int | None = None
 
 
-def check(config: Config, rows: Sequence[tuple[Any, Any]]) -> None:
+def check(config: Config, rows: AnyRows) -> None:
     """Before a run: stop it if there surely is too little room, warn if there may be.
 
     `rows`: as `preflight.inputs` gives them.
@@ -45,7 +44,7 @@ def check(config: Config, rows: Sequence[tuple[Any, Any]]) -> None:
     preflight.say(found)
 
 
-def look(config: Config, rows: Sequence[tuple[Any, Any]]) -> list[Problem]:
+def look(config: Config, rows: AnyRows) -> list[Problem]:
     """An error if a run surely has too little room, a warning if it may have.
 
     `rows`: as `preflight.inputs` gives them.
@@ -57,7 +56,7 @@ def look(config: Config, rows: Sequence[tuple[Any, Any]]) -> list[Problem]:
     return [] if outlook is None else problems(config, outlook, room(config))
 
 
-def foresee(config: Config, rows: Sequence[tuple[Any, Any]], base: Base | None) -> Outlook | None:
+def foresee(config: Config, rows: AnyRows, base: Base | None) -> Outlook | None:
     """`written.foresee`, without what lies in the cache already, of this run or another."""
     outlook = written.foresee(config, rows, base)
     if outlook is None:

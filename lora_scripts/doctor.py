@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from lora_scripts import config as config_file
 from lora_scripts import environment, outlook, preflight, report
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.environment import Finding, State
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.logs import silent
@@ -181,7 +182,7 @@ def _looked(
     return sections, found.problems, None
 
 
-def _memory(config: Config, rows: Sequence[preflight.Row]) -> Section:
+def _memory(config: Config, rows: AnyRows) -> Section:
     """What the run will take, by the model's shapes; nothing of a base that is not here yet."""
     from lora_scripts import batch_size, device, memory_check
     from lora_scripts.models import hub

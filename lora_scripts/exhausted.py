@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from lora_scripts import memory
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError, out_of_memory
 from lora_scripts.memory import Estimate, Room
@@ -23,9 +23,7 @@ FIXED = (
 
 
 @contextmanager
-def answered(
-    config: Config, rows: Sequence[tuple[Any, Any]], compute: Compute, foretold: Estimate
-) -> Iterator[None]:
+def answered(config: Config, rows: AnyRows, compute: Compute, foretold: Estimate) -> Iterator[None]:
     """Within this context an error that says that memory ran out becomes an answer.
 
     `foretold`: before anything was loaded.
@@ -44,7 +42,7 @@ def answered(
 def _answer(
     error: BaseException,
     config: Config,
-    rows: Sequence[tuple[Any, Any]],
+    rows: AnyRows,
     compute: Compute,
     foretold: Estimate,
 ) -> str:

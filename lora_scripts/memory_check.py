@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
 
 from lora_scripts import allocator, memory
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.device import Compute
 from lora_scripts.environment import Finding, State
 from lora_scripts.errors import Problem, UserError
@@ -18,10 +17,8 @@ from lora_scripts.schema import Config
 
 logger = logging.getLogger(__name__)
 
-Rows = Sequence[tuple[Any, Any]]
 
-
-def before(config: Config, rows: Rows, compute: Compute) -> Estimate:
+def before(config: Config, rows: AnyRows, compute: Compute) -> Estimate:
     """Foretell the memory of a run from shapes alone.
 
     Raises:
@@ -32,7 +29,7 @@ def before(config: Config, rows: Rows, compute: Compute) -> Estimate:
     return estimate
 
 
-def _foretold(config: Config, rows: Rows, compute: Compute) -> Estimate:
+def _foretold(config: Config, rows: AnyRows, compute: Compute) -> Estimate:
     """What the run takes; if memory is short, with tensors mapped alone, which takes less."""
     estimate = memory.foretell(config, rows, compute)
     room = memory.free(compute)
@@ -49,7 +46,7 @@ def _foretold(config: Config, rows: Rows, compute: Compute) -> Estimate:
     return thriftier
 
 
-def after(foretold: Estimate, peak: Peak, config: Config, rows: Rows, compute: Compute) -> None:
+def after(foretold: Estimate, peak: Peak, config: Config, rows: AnyRows, compute: Compute) -> None:
     """Say what the run will take, now that one micro-step has been measured.
 
     Raises:
@@ -62,7 +59,7 @@ def after(foretold: Estimate, peak: Peak, config: Config, rows: Rows, compute: C
     logger.info("Memory: about %s (by a micro-step of %s)", " and ".join(taken), estimate.batch)
 
 
-def findings(config: Config, rows: Rows, compute: Compute) -> tuple[list[Finding], list[str]]:
+def findings(config: Config, rows: AnyRows, compute: Compute) -> tuple[list[Finding], list[str]]:
     """What a run will take against what there is: lines of the doctor's table, and the parts.
 
     `config`: with a number for `batch_size`.
@@ -85,7 +82,7 @@ def findings(config: Config, rows: Rows, compute: Compute) -> tuple[list[Finding
     return found, estimate.table()
 
 
-def _judge(estimate: Estimate, config: Config, rows: Rows, compute: Compute) -> None:
+def _judge(estimate: Estimate, config: Config, rows: AnyRows, compute: Compute) -> None:
     room = memory.free(compute)
     problems = memory.refuse_or_warn(estimate, room)
     if not problems:
@@ -98,7 +95,7 @@ def _judge(estimate: Estimate, config: Config, rows: Rows, compute: Compute) -> 
     say(problems)
 
 
-def _advice(config: Config, rows: Rows, compute: Compute, room: Room) -> str:
+def _advice(config: Config, rows: AnyRows, compute: Compute, room: Room) -> str:
     changes = memory.advice(config, rows, compute, room)
     if not changes:
         return "no change of batch, checkpointing, precision or length makes it fit"

@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_scripts import belonging, datasets, disk, environment, preflight, run_lock, written
 from lora_scripts.config import Draft, schema_of
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.environment import Finding
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.models import hub
@@ -36,7 +36,7 @@ class Found:
     wanted: list[Finding] = field(default_factory=list)
     paths: list[Finding] = field(default_factory=list)
     run: list[Finding] = field(default_factory=list)
-    rows: list[preflight.Row] | None = None
+    rows: AnyRows | None = None
 
 
 def look(draft: Draft) -> Found:
@@ -147,7 +147,7 @@ def _writable(key: str, path: Path) -> Finding:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def _run(config: Config, rows: list[Any]) -> tuple[list[Finding], list[Problem]]:
+def _run(config: Config, rows: AnyRows) -> tuple[list[Finding], list[Problem]]:
     """The run as it would go, and what is to be said of the disk.
 
     Raises:
@@ -207,7 +207,7 @@ def _standing(config: Config) -> Finding:
 
 def _disk(
     config: Config,
-    rows: list[Any],
+    rows: AnyRows,
     foreseen: Outlook,
     room: disk.Room,
     problems: list[Problem],

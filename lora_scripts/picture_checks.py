@@ -19,7 +19,7 @@ from lora_scripts.models.signature import read_signature
 from lora_scripts.schema import ImageConfig
 
 
-def check(rows: Sequence[Row], draft: Draft) -> tuple[list[Problem], list[Look]]:
+def check(rows: Sequence[Row], draft: Draft, cache_dir: Path) -> tuple[list[Problem], list[Look]]:
     """Decode what is not known yet, check all.
 
     Returns:
@@ -27,7 +27,7 @@ def check(rows: Sequence[Row], draft: Draft) -> tuple[list[Problem], list[Look]]
     """
     # that a picture is large is a problem of ours, with its name
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    with picture_memory.opened(_cache_dir(draft)) as memory, _bar() as progress:
+    with picture_memory.opened(cache_dir) as memory, _bar() as progress:
         looks = looking.look_at_all([record.path for record, _ in rows], memory, progress)
     problems = validate.check(rows, looks)
     if draft.values.get("masked_loss") is True:
@@ -59,16 +59,6 @@ def _fits(rows: Sequence[Row], looks: Sequence[Look], config: ImageConfig) -> li
     good = [(r, look) for (r, _), look in zip(rows, looks, strict=True) if look.error is None]
     places = [(str(record.path), record.where) for record, _ in good]
     return fitting.check(places, [look.size for _, look in good], config)
-
-
-def _cache_dir(draft: Draft) -> Path:
-    """Where the run keeps encoded data; the default beside a mistake in that key."""
-    if draft.config is not None:
-        return draft.config.cache_dir
-    written = draft.values.get("cache_dir")
-    if isinstance(written, str) and written.strip():
-        return Path(written).expanduser()
-    return Path(str(ImageConfig.model_fields["cache_dir"].default))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_scripts import __version__, collector, hosts, preflight
 from lora_scripts import config as config_file
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.errors import EXIT_INTERRUPTED, Problem, UserError, WorkError, user_error
 from lora_scripts.logs import file_log, quiet, quiet_libraries
 from lora_scripts.processes import ALONE, Processes, joined
@@ -127,7 +128,7 @@ def _import_libraries(config: Config) -> None:
 def _run(
     config: Config,
     config_name: str,
-    rows: Sequence[preflight.Row],
+    rows: AnyRows,
     warnings: Sequence[Problem],
     processes: Processes,
 ) -> int:
@@ -157,7 +158,7 @@ def _run(
 def _train(
     config: Config,
     config_name: str,
-    rows: Sequence[preflight.Row],
+    rows: AnyRows,
     start: Start,
     processes: Processes,
 ) -> int:
@@ -183,9 +184,7 @@ def _train(
     return EXIT_DONE
 
 
-def _run_dry(
-    config: Config, config_name: str, rows: Sequence[preflight.Row], warnings: Sequence[Problem]
-) -> int:
+def _run_dry(config: Config, config_name: str, rows: AnyRows, warnings: Sequence[Problem]) -> int:
     """All of a run but most of its steps, in a temporary folder."""
     preflight.environment(config.device)
     _import_libraries(config)
@@ -213,9 +212,7 @@ def _run_dry(
     return EXIT_DONE
 
 
-def _prepare(
-    config: Config, rows: Sequence[preflight.Row], start: Start, processes: Processes
-) -> Ready:
+def _prepare(config: Config, rows: AnyRows, start: Start, processes: Processes) -> Ready:
     """Everything before the first step: device, memory, model, cache, adapters."""
     from lora_scripts import (
         batch_size,

@@ -15,6 +15,7 @@ from lora_scripts import environment as installed
 from lora_scripts.config import Draft, schema_of
 from lora_scripts.data import text_checks
 from lora_scripts.data.looking import Look
+from lora_scripts.data.rows import AnyRows, Rows
 from lora_scripts.datasets import Location
 from lora_scripts.environment import Finding
 from lora_scripts.errors import UNNAMED, DataError, Problem, UserError, few, user_error
@@ -32,25 +33,23 @@ OPTIMIZER_PACKAGES = {
     "prodigy": "prodigyopt",
 }
 
-Row = tuple[Any, Any]  # a record and the dataset that it stands in
-
 
 @dataclass(frozen=True)
 class Inputs:
     """What a config names.
 
     Attributes:
-        rows: Records, each with its dataset.
+        rows: Records, each with its dataset; those of texts lie on disk.
         problems: Everything found; those of the data have a `kind`.
         looks: What each picture is, in the order of the rows; none for texts.
     """
 
-    rows: list[Row]
+    rows: AnyRows
     problems: list[Problem]
     looks: list[Look]
 
 
-def inputs(draft: Draft) -> tuple[list[Row], list[Problem]]:
+def inputs(draft: Draft) -> tuple[AnyRows, list[Problem]]:
     """The rows of the data, and every problem found: `look` without the pictures' sizes."""
     found = look(draft)
     return found.rows, found.problems
@@ -70,7 +69,8 @@ def look(draft: Draft) -> Inputs:
     problems += _output(draft)
     problems += _optimizer(draft)
     problems += _init_lora(draft, is_text=is_text)
-    rows: list[Row] = []
+    parts: list[tuple[Sequence[Any], Dataset]] = []
+    cache_dir = datasets.cache_dir(draft)
     found_in_data: list[Problem] = []
     named = datasets.named(draft)
     for location, dataset in named:
@@ -80,14 +80,20 @@ def look(draft: Draft) -> Inputs:
             problems.append(Problem(draft.source.where(*location), what))
             continue
         problems += _output_among_data(draft, dataset) + _mask_dir(draft, location, dataset)
-        found, row_problems = datasets.read(draft, location, dataset, is_alone=len(named) == 1)
+        found, row_problems = datasets.read(
+            draft, location, dataset, cache_dir, is_alone=len(named) == 1
+        )
         found_in_data += row_problems
-        rows += [(record, dataset) for record in found]
+        parts.append((found, dataset))
+    rows: AnyRows = Rows(parts)
     looks: list[Look] = []
     if is_text:
-        found_in_data += text_checks.check(rows)
+        try:
+            found_in_data += text_checks.check(rows, cache_dir)
+        except OSError as error:  # no room for what the comparison takes
+            problems.append(Problem(str(error.filename or cache_dir), f"{error.strerror}"))
     else:
-        of_pictures, looks = picture_checks.check(rows, draft)
+        of_pictures, looks = picture_checks.check(rows, draft, cache_dir)
         found_in_data += of_pictures
     problems += [replace(problem, kind=problem.kind or UNNAMED) for problem in found_in_data]
     return Inputs(rows, problems, looks)

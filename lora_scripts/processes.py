@@ -56,9 +56,9 @@ class Processes:
         """For messages: `rank 3 on worker-2`."""
         return f"rank {self.rank} on {socket.gethostname()}"
 
-    def share(self, items: Sequence[Value]) -> list[Value]:
+    def share(self, items: Sequence[Value]) -> Sequence[Value]:
         """This one's of what is dealt out in turn; all of them together have each once."""
-        return list(items[self.rank :: self.size])
+        return items[self.rank :: self.size]
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by the sum of it over all processes; it is of one shape in all."""

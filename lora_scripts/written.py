@@ -6,12 +6,13 @@ Samples and logs are rough. Nothing is loaded, nothing is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_scripts import belonging
 from lora_scripts.belonging import Base
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.models.signature import Signature
 from lora_scripts.schema import Config, ImageConfig, TextConfig
 
@@ -63,7 +64,7 @@ class Outlook:
         return self.checkpoint * self.checkpoints + self.export + self.beside
 
 
-def foresee(config: Config, rows: Sequence[tuple[Any, Any]], base: Base | None) -> Outlook | None:
+def foresee(config: Config, rows: AnyRows, base: Base | None) -> Outlook | None:
     """What a run will write; None if the base model's layers are not known before it is fetched.
 
     Args:
@@ -148,12 +149,13 @@ def state_bytes(optimizer: str, parameters: Mapping[str, torch.Tensor]) -> int:
 # --- how much of it -------------------------------------------------------------------------------
 
 
-def planned_steps(config: Config, rows: Sequence[tuple[Any, Any]]) -> int:
+def planned_steps(config: Config, rows: AnyRows) -> int:
     """About how many optimizer steps a run takes; raw texts in windows take more."""
-    views = sum(float(data.weight) for _, data in rows if data.role != "validation")
-    learned = views * (1 - config.validation_split)
+    learned = [part for part in rows.parts if part[1].role != "validation"]
+    views = sum(len(records) * float(data.weight) for records, data in learned)
+    shown = views * (1 - config.validation_split)
     batch = 1 if config.batch_size == "auto" else config.batch_size
-    steps = math.ceil(learned / (batch * config.gradient_accumulation_steps)) * config.epochs
+    steps = math.ceil(shown / (batch * config.gradient_accumulation_steps)) * config.epochs
     return max(1, min(steps, config.max_train_steps or steps))
 
 
@@ -181,9 +183,9 @@ def _tokenizer(base: Base) -> int:
     return sum(f.stat().st_size for f in base.path.glob("tokenizer*") if f.is_file())
 
 
-def _cache(config: Config, rows: Sequence[tuple[Any, Any]], base: Base) -> int:
+def _cache(config: Config, rows: AnyRows, base: Base) -> int:
     if isinstance(config, TextConfig):
-        characters = sum(len(str(record)) for record, _ in rows)
+        characters: int = sum(records.characters for records, _ in rows.parts)
         return characters * _TOKEN  # a token is at least a character
     assert isinstance(base, Signature)
     latents = prompts = 0

@@ -9,16 +9,19 @@ leaves only whole ones and the next run goes on from there.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_scripts import tensor_files
-from lora_scripts.errors import user_error
+from lora_scripts.errors import UserError, user_error
 from lora_scripts.files import replace
+from lora_scripts.tensor_files import Part
 
 CACHE_VERSION = 1
 
@@ -39,16 +42,22 @@ class Cache:
 
     def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Store an entry; it is there whole or not at all."""
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._put(key, lambda path: tensor_files.save(path, whole))
+
+    def write_parts(self, key: str, parts: Mapping[str, Part]) -> None:
+        """`write` of what is not in memory."""
+        self._put(key, lambda path: tensor_files.save_parts(path, parts))
+
+    def _put(self, key: str, save: Callable[[Path], None]) -> None:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        tensor_files.save(
-            temporary, {name: tensor.contiguous() for name, tensor in tensors.items()}
-        )
+        save(temporary)
         replace(temporary, path)
 
-    def read(self, key: str, leaving: Collection[str] = ()) -> dict[str, torch.Tensor]:
-        """The tensors of an entry but those `leaving`, read through a map that is closed again.
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of an entry, read through a map that is closed again.
 
         Raises:
             UserError: if the entry is damaged; deleting it makes the next run encode it again.
@@ -56,16 +65,54 @@ class Cache:
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as entry:
-                names = set(entry.keys()) - set(leaving)
+                names = list(entry.keys())
                 return {name: entry.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError) as error:
-            what = f"this cache entry cannot be read ({error}); delete it, it is made again"
-            raise user_error(str(path), what) from None
+            raise _unreadable(path, error) from None
+
+    def mapped(self, key: str, names: Collection[str]) -> dict[str, np.ndarray]:
+        """Tensors of an entry, mapped into memory for as long as they are used.
+
+        Raises:
+            UserError: as `read`.
+        """
+        path = self.path(key)
+        try:
+            return tensor_files.mapped(path, names)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    what = f"this cache entry cannot be read ({error}); delete it, it is made again"
+    return user_error(str(path), what)
 
 
 def key_of(*parts: object) -> str:
-    """A name for an entry that depends on every part."""
-    return hashlib.sha256(repr((CACHE_VERSION, *parts)).encode("utf-8")).hexdigest()
+    """A name for an entry that depends on every part.
+
+    An iterator counts as the list of what it gives; that list is never made.
+    """
+    digest = hashlib.sha256()
+    separator = "("
+    for part in (CACHE_VERSION, *parts):
+        digest.update(separator.encode())
+        pieces = _list_in_pieces(part) if isinstance(part, Iterator) else [repr(part)]
+        for piece in pieces:
+            digest.update(piece.encode("utf-8"))
+        separator = ", "
+    digest.update(b")")
+    return digest.hexdigest()
+
+
+def _list_in_pieces(items: Iterator[object]) -> Iterator[str]:
+    """The `repr` of the list of these items, of some of them at a time."""
+    yield "["
+    separator = ""
+    while some := list(itertools.islice(items, 1000)):
+        yield separator + repr(some)[1:-1]
+        separator = ", "
+    yield "]"
 
 
 def fill(

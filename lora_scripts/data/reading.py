@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_scripts.data import encodings
 from lora_scripts.errors import Problem
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_BLOCK = 1 << 20  # bytes looked at in one go
 _LONGEST = 60  # so many characters of what the user wrote are shown
 
 
@@ -48,6 +52,37 @@ def read_file(path: Path) -> str:
         ) from None
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a file as `read_file` gives it, one at a time, without their `\\n`.
+
+    The whole file is looked at first, so that what `read_file` refuses is refused before a line.
+
+    Raises:
+        Refused: as `read_file`.
+    """
+    if not _is_plain_utf8(path):
+        read_file(path)  # which says what is wrong with it
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            yield line.decode("utf-8" if number else "utf-8-sig").removesuffix("\n")
+
+
+def _is_plain_utf8(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with path.open("rb") as file:
+            if file.peek(2).startswith((b"\xff\xfe", b"\xfe\xff")):
+                return False
+            while block := file.read(_BLOCK):
+                if b"\0" in block:
+                    return False
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return True
+
+
 def unix_lines(text: str) -> str:
     """The text with every line end, of Windows or of old Macs, as `\\n`."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -55,7 +90,7 @@ def unix_lines(text: str) -> str:
 
 def is_unicode(text: str) -> bool:
     """False if it holds half of a surrogate pair, which no file or terminal can be given."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return text.isascii() or not _SURROGATES.search(text)
 
 
 # --- words ----------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ Its name is a hash of the rows and of all that turns them into tokens.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,45 +16,67 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from lora_scripts.data import cache, weights
+from lora_scripts.data import cache
 from lora_scripts.data.chat import ChatFormat, Encoded
-from lora_scripts.data.conversations import TextRecord
+from lora_scripts.data.conversations import TextRecord, TextRecords
+from lora_scripts.data.rows import Rows
+from lora_scripts.data.samples import SampleSet
+from lora_scripts.data.spool import Column
 from lora_scripts.errors import Problem, UserError, user_error
-from lora_scripts.randomness import numpy_generator, seed_of
+from lora_scripts.randomness import seed_of
 from lora_scripts.schema import TextConfig, TextDataset
+from lora_scripts.tensor_files import Part
 
-GROUPED_BATCHES = 32  # of so many batches the rows are sorted by length, where they are padded
 MEASURED_TRAINING_SAMPLES = 32  # when nothing is held out
 MOST_PROBLEMS = 50  # of the rows; then the rest is not looked at
 CUT_ROWS_NAMED = 10  # those that lose most
 ENTRY_FORMAT = 2  # of what is stored; entries of another one are not found
-Row = tuple[TextRecord, TextDataset]
+_BLOCK = 1 << 16  # samples looked at in one go
+_KINDS: dict[str, np.dtype[Any]] = {  # of what is stored, the largest numbers first
+    "ends": np.dtype("<i8"),
+    "rows": np.dtype("<i8"),
+    "learned": np.dtype("<i8"),
+    "cut": np.dtype("<i8"),
+    "ids": np.dtype("<i4"),
+    "supervised": np.dtype("u1"),
+}
+TextRows = Rows[TextRecords, TextDataset]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """All samples of a run as they lie on disk.
+    """All samples of a run as they lie on disk; the arrays are mapped from there.
 
     Attributes:
         ends: Where sample i ends in the file; shape (samples,).
         rows: The row that sample i was made of.
         learned: How many of its tokens are learned.
-        cut: Where each row longer than `max_seq_length` stands, and how many tokens it lost.
+        cut: Each row longer than `max_seq_length`, and how many tokens it lost; shape (cut, 2).
     """
 
     path: Path
     ends: np.ndarray
     rows: np.ndarray
     learned: np.ndarray
-    cut: list[tuple[str, int]]
+    cut: np.ndarray
 
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.ends)
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample."""
-        return np.diff(self.ends, prepend=0)
+        """Tokens of each sample, int32."""
+        lengths = np.empty(len(self), np.int32)
+        for start in range(0, len(self), _BLOCK):
+            before = self.ends[start - 1] if start else 0
+            lengths[start : start + _BLOCK] = np.diff(self.ends[start : start + _BLOCK],
+                                                      prepend=before)  # fmt: skip
+        return lengths
+
+    def learned_of(self, samples: np.ndarray) -> int:
+        """How many tokens of these samples are learned."""
+        parts = (samples[start : start + _BLOCK] for start in range(0, len(samples), _BLOCK))
+        return sum(int(self.learned[part].sum()) for part in parts)
 
     def read(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (int64) and which of them are learned (bool) of one sample, from the mapped file."""
@@ -79,7 +101,7 @@ class Dealt:
 
 
 def deal(
-    rows: Sequence[Row],
+    rows: TextRows,
     format: ChatFormat,
     config: TextConfig,
     progress: Callable[[int, int], None],
@@ -99,7 +121,9 @@ def deal(
     return Dealt(encoding, train, SampleSet(measured, np.ones(len(measured))), held_out=False)
 
 
-def remarks(format: ChatFormat, encoding: Encoding, config: TextConfig) -> list[str]:
+def remarks(
+    format: ChatFormat, encoding: Encoding, rows: TextRows, config: TextConfig
+) -> list[str]:
     """What a person should know of how the rows became tokens."""
     said = list(format.notes)
     if format.unseen_system:
@@ -107,26 +131,25 @@ def remarks(format: ChatFormat, encoding: Encoding, config: TextConfig) -> list[
             "The template puts a system message before conversations without one: "
             f"{format.unseen_system!r}. It is seen in training, too; system_prompt replaces it."
         )
-    if encoding.cut:
-        said.append(_what_is_cut(encoding, config))
+    if len(encoding.cut):
+        said.append(_what_is_cut(encoding.cut, rows, config))
     return said
 
 
-def _what_is_cut(encoding: Encoding, config: TextConfig) -> str:
+def _what_is_cut(cut: np.ndarray, rows: TextRows, config: TextConfig) -> str:
     """How many rows lose their ends, and which lose most."""
-    count = int(encoding.rows[-1]) + 1  # every row has a sample
-    most = sorted(encoding.cut, key=lambda row: -row[1])
-    named = ", ".join(f"{where} ({lost:,})" for where, lost in most[:CUT_ROWS_NAMED])
-    more = f" and {len(most) - CUT_ROWS_NAMED:,} more" if len(most) > CUT_ROWS_NAMED else ""
+    most = heapq.nlargest(CUT_ROWS_NAMED, cut, key=lambda row: int(row[1]))
+    named = ", ".join(f"{rows[int(row)][0].where} ({lost:,})" for row, lost in most)
+    more = f" and {len(cut) - CUT_ROWS_NAMED:,} more" if len(cut) > CUT_ROWS_NAMED else ""
     return (
-        f"{len(most):,} of {count:,} rows are longer than max_seq_length {config.max_seq_length}: "
-        f"{sum(lost for _, lost in most):,} tokens at their ends are cut off and not learned, "
-        f"of {named}{more}. Raise max_seq_length, or shorten these rows"
+        f"{len(cut):,} of {len(rows):,} rows are longer than max_seq_length "
+        f"{config.max_seq_length}: {int(cut[:, 1].sum()):,} tokens at their ends are cut off and "
+        f"not learned, of {named}{more}. Raise max_seq_length, or shorten these rows"
     )
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: TextRows,
     format: ChatFormat,
     config: TextConfig,
     progress: Callable[[int, int], None],
@@ -139,32 +162,25 @@ def encode(
     store = cache.Cache(config.cache_dir, "tokens")
     key = cache.key_of(
         ENTRY_FORMAT,
-        [content_of(record) for record, _ in rows],
+        (content for records, _ in rows.parts for content in records.contents()),
         (format.tokenizer_id, format.template, config.system_prompt),
         (config.train_on, config.max_seq_length, config.stride),
     )
     if store.missing([key]):
-        store.write(key, _tokenise(rows, format, config, progress))
-    stored = store.read(key, leaving=("ids", "supervised"))
-    return Encoding(
-        path=store.path(key),
-        ends=stored["ends"].numpy(),
-        rows=stored["rows"].numpy(),
-        learned=stored["learned"].numpy(),
-        cut=[(rows[row][0].where, lost) for row, lost in stored["cut"].tolist()],
-    )
+        store.write_parts(key, _tokenise(rows, format, config, progress))
+    stored = store.mapped(key, ("ends", "rows", "learned", "cut"))
+    return Encoding(store.path(key), **stored)
 
 
 def _tokenise(
-    rows: Sequence[Row],
+    rows: TextRows,
     format: ChatFormat,
     config: TextConfig,
     progress: Callable[[int, int], None],
-) -> dict[str, torch.Tensor]:
-    samples: list[Encoded] = []
-    origins: list[int] = []
+) -> dict[str, Part]:
+    columns = {name: Column(kind, config.cache_dir) for name, kind in _KINDS.items()}
     problems: list[Problem] = []
-    cut: list[tuple[int, int]] = []
+    end = 0
     for number, (record, _) in enumerate(rows):
         if len(problems) >= MOST_PROBLEMS:
             break
@@ -176,25 +192,27 @@ def _tokenise(
         kept = [_cut(sample, config.max_seq_length) for sample in whole]
         lost = sum(len(a.ids) - len(b.ids) for a, b in zip(whole, kept, strict=True))
         if lost:
-            cut.append((number, lost))
+            columns["cut"].append((number, lost))
         for sample in kept:
-            if sample.supervised[1:].any():
-                samples.append(sample)
-                origins.append(number)
-            else:
+            learned = int(sample.supervised[1:].sum())
+            if not learned:
                 problems.append(Problem(record.where, _nothing_learned(lost, config)))
+                continue
+            end += len(sample.ids)
+            values: dict[str, Any] = {"ends": end, "rows": number, "learned": learned,
+                      "ids": sample.ids, "supervised": sample.supervised}  # fmt: skip
+            for name, value in values.items():
+                columns[name].append(value)
         progress(number + 1, len(rows))
     if problems:
         raise UserError(problems)
     return {
-        "ids": torch.from_numpy(np.concatenate([sample.ids for sample in samples])),
-        "supervised": torch.from_numpy(
-            np.concatenate([sample.supervised for sample in samples]).astype(np.uint8)
-        ),
-        "ends": torch.tensor([len(sample.ids) for sample in samples]).cumsum(0),
-        "rows": torch.tensor(origins),
-        "learned": torch.tensor([int(sample.supervised[1:].sum()) for sample in samples]),
-        "cut": torch.tensor(cut, dtype=torch.int64).reshape(-1, 2),
+        name: Part(
+            column.dtype,
+            (len(column) // 2, 2) if name == "cut" else (len(column),),
+            column.spool.copy_to,
+        )
+        for name, column in columns.items()
     }
 
 
@@ -266,72 +284,48 @@ def _nothing_learned(lost: int, config: TextConfig) -> str:
     return "nothing is left to learn of it: the answer is empty"
 
 
-def content_of(record: TextRecord) -> str:
-    """A hash of what a row says; its place does not count."""
-    text = repr((record.messages, record.tools, record.text))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """Samples of one split, each with how often an epoch shows it."""
-
-    samples: np.ndarray
-    weights: np.ndarray
-
-    def views(self, *key: int | str, epoch: int) -> np.ndarray:
-        """The samples of an epoch in shuffled order, each as often as its weight says."""
-        views = np.repeat(self.samples, weights.times(self.weights, *key, epoch=epoch))
-        return numpy_generator(*key, epoch).permutation(views)
-
-
-def split(
-    encoding: Encoding, rows: Sequence[Row], config: TextConfig
-) -> tuple[SampleSet, SampleSet]:
+def split(encoding: Encoding, rows: TextRows, config: TextConfig) -> tuple[SampleSet, SampleSet]:
     """Learned and held-out samples: by the datasets' roles, or a share drawn by the seed.
 
     The share is drawn by content, so that copies of a row stay on one side, and so do the samples
     of one conversation. Windows of a raw text are drawn one by one.
     """
-    units = _units(encoding, rows)
-    held = np.array([rows[row][1].role == "validation" for row in encoding.rows], dtype=bool)
+    held = np.empty(len(encoding), dtype=bool)
+    weights = np.empty(len(encoding))
+    for (_, dataset), own in zip(rows.parts, rows.numbers, strict=True):
+        start, end = np.searchsorted(encoding.rows, (own.start, own.stop))  # they ascend
+        held[start:end] = dataset.role == "validation"
+        weights[start:end] = dataset.weight
     if config.validation_split:
-        distinct = sorted(set(units), key=lambda unit: seed_of(config.seed, "split", unit))
-        count = max(1, round(len(distinct) * config.validation_split)) if len(distinct) > 1 else 0
-        chosen = set(distinct[:count])
-        held = np.array([unit in chosen for unit in units], dtype=bool)
-    weights = np.array([rows[row][1].weight for row in encoding.rows])
-    numbers = np.arange(len(encoding))
+        held[:] = _drawn(_units(encoding, rows), len(encoding), config)
+    numbers = np.arange(len(encoding), dtype=np.int32)
     return (
         SampleSet(numbers[~held], weights[~held]),
         SampleSet(numbers[held], np.ones(int(held.sum()))),
     )
 
 
-def _units(encoding: Encoding, rows: Sequence[Row]) -> list[str]:
+def _drawn(units: Iterator[str], count: int, config: TextConfig) -> np.ndarray:
+    """Of each of `count` samples whether it is held out: a share of the units, the least drawn."""
+    draws = np.fromiter((seed_of(config.seed, "split", unit) for unit in units), np.int64, count)
+    distinct = np.unique(draws)
+    if len(distinct) < 2:
+        return np.zeros(count, dtype=bool)
+    chosen = max(1, round(len(distinct) * config.validation_split))
+    least: np.ndarray = draws <= distinct[chosen - 1]
+    return least
+
+
+def _units(encoding: Encoding, rows: TextRows) -> Iterator[str]:
     """For each sample the name of what must not be torn apart."""
-    contents = [content_of(record) for record, _ in rows]
-    return [
-        f"{contents[row]} {number}" if rows[row][0].text is not None else contents[row]
-        for number, row in enumerate(encoding.rows)
-    ]
-
-
-def batches(
-    views: np.ndarray, batch_size: int, lengths: np.ndarray | None, *key: int | str
-) -> list[tuple[int, ...]]:
-    """Micro-batches of `batch_size` samples in the order of `views`.
-
-    With `lengths` (tokens of each sample) those of a batch are of like length: of each few batches
-    the samples are sorted by length, and the batches shuffled again.
-    """
-    if lengths is None:
-        return [tuple(views[i : i + batch_size].tolist()) for i in range(0, len(views), batch_size)]
-    span = GROUPED_BATCHES * batch_size
-    grouped: list[tuple[int, ...]] = []
-    for start in range(0, len(views), span):
-        part = views[start : start + span]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        grouped += batches(part, batch_size, None)
-    order = numpy_generator(*key).permutation(len(grouped))
-    return [grouped[i] for i in order]
+    every = (
+        (content, record.text is not None)
+        for records, _ in rows.parts
+        for content, record in zip(records.contents(), records, strict=True)
+    )
+    current, content, is_raw = -1, "", False
+    for number in range(len(encoding)):
+        while current < encoding.rows[number]:
+            content, is_raw = next(every)
+            current += 1
+        yield f"{content} {number}" if is_raw else content

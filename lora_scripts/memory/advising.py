@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.device import Compute
 from lora_scripts.errors import Problem
 from lora_scripts.memory.estimate import Estimate, Place, size
@@ -54,9 +55,7 @@ def refuse_or_warn(estimate: Estimate, room: Room) -> list[Problem]:
     return problems
 
 
-def advice(
-    config: Config, rows: Sequence[tuple[Any, Any]], compute: Compute, room: Room
-) -> list[Change]:
+def advice(config: Config, rows: AnyRows, compute: Compute, room: Room) -> list[Change]:
     """Changes that make a run fit into what is free, the cheapest first; [] if none does.
 
     At most two, of different kinds: they are found by estimating anew, which takes seconds each.
@@ -94,7 +93,7 @@ def ladders(config: Config, compute: Compute) -> list[list[Keys]]:
 
 def largest_batch(
     config: Config,
-    rows: Sequence[tuple[Any, Any]],
+    rows: AnyRows,
     compute: Compute,
     effective: int,
     room: Room,
@@ -124,7 +123,7 @@ def fits(estimate: Estimate, room: Room, share: float = 1.0) -> bool:
 
 
 def _fitting(
-    keys: Keys, config: Config, rows: Sequence[tuple[Any, Any]], compute: Compute, room: Room
+    keys: Keys, config: Config, rows: AnyRows, compute: Compute, room: Room
 ) -> Change | None:
     """A change if the run fits with it."""
     if "mixed_precision" in keys:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_scripts import allocator
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.device import Compute
 from lora_scripts.memory import fakes, heap, heaviest, imagined, room
 from lora_scripts.memory.estimate import STEP, Estimate, Phase
@@ -34,7 +35,7 @@ CUDA_LIBRARIES = 1200 * MB  # in RAM
 CARD_GAPS = 0.08  # of what is alive, lost between blocks in PyTorch's allocator
 
 
-def foretell(config: Config, rows: Sequence[tuple[Any, Any]], compute: Compute) -> Estimate:
+def foretell(config: Config, rows: AnyRows, compute: Compute) -> Estimate:
     """What a run will hold in memory. No weight is read and none made: the model has only shapes.
 
     Rows of text are tokenised (into the run's cache), as the longest micro-batch decides.
@@ -80,7 +81,7 @@ class Found:
     passes: Mapping[str, Trace]
 
 
-def _images(config: ImageConfig, rows: Sequence[tuple[Any, Any]], compute: Compute) -> Found:
+def _images(config: ImageConfig, rows: AnyRows, compute: Compute) -> Found:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = fakes.images(config, compute)
@@ -112,7 +113,7 @@ def _images(config: ImageConfig, rows: Sequence[tuple[Any, Any]], compute: Compu
     )
 
 
-def _texts(config: TextConfig, rows: Sequence[tuple[Any, Any]], compute: Compute) -> Found:
+def _texts(config: TextConfig, rows: AnyRows, compute: Compute) -> Found:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     fake = fakes.text(config, compute)

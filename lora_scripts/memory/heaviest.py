@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from lora_scripts.data import images, text
 from lora_scripts.data.chat import ChatFormat
+from lora_scripts.data.samples import batches
 from lora_scripts.data.views import PictureSet
 from lora_scripts.models import causal_lm, head
 from lora_scripts.models.caption_parts import TOKENS_A_PART
@@ -19,6 +22,7 @@ from lora_scripts.tasks.task import Indices
 
 LOGIT_WEIGHT = 12  # bytes of a logit at the peak: 16 bits, float32, and the gradient of both
 TOKEN_WEIGHT = 40  # bytes of a token's activations, for each layer and unit of width
+_AT_ONCE = 4096  # micro-batches weighed
 EPOCHS_LOOKED_AT = 10  # each deals the rows out anew
 
 
@@ -73,7 +77,7 @@ def most_pixels(learned: PictureSet, batches: Sequence[Indices]) -> Indices:
     return max(batches, key=pixels)
 
 
-def dealt(rows: Sequence[text.Row], config: TextConfig) -> text.Dealt:
+def dealt(rows: text.TextRows, config: TextConfig) -> text.Dealt:
     """The rows as the run deals them out; they are tokenised if no earlier run has done so."""
     found = build.find_text_base(config.base_model, with_code=config.trust_remote_code)
     tokenizer = causal_lm.load_tokenizer(found, trust_remote_code=config.trust_remote_code)
@@ -84,31 +88,41 @@ def dealt(rows: Sequence[text.Row], config: TextConfig) -> text.Dealt:
 def of_rows(data: text.Dealt, config: TextConfig, model: Any, *, packed: bool) -> Rows:
     """The micro-batch that takes most."""
     lengths, learned = data.encoding.lengths(), data.encoding.learned
-    batches: list[Indices] = []
-    for epoch in epochs(config):
-        views = data.train.views(config.seed, "train", "order", epoch=epoch)
-        key = (config.seed, "train", "batches", epoch)
-        batches += text.batches(views, config.micro_batch, None if packed else lengths, *key)
-    heaviest = list(most_tokens(data, batches, model, packed=packed))
+
+    def planned() -> Iterator[Indices]:
+        for epoch in epochs(config):
+            views = data.train.views(config.seed, "train", "order", epoch=epoch)
+            key = (config.seed, "train", "batches", epoch)
+            yield from batches(views, config.micro_batch, None if packed else lengths, *key)
+
+    heaviest = list(most_tokens(data, planned(), model, packed=packed))
     return Rows(tuple(int(n) for n in lengths[heaviest]), int(np.sum(learned[heaviest])))
 
 
 def most_tokens(
-    data: text.Dealt, batches: Sequence[Indices], model: Any, *, packed: bool
+    data: text.Dealt, batches: Iterable[Indices], model: Any, *, packed: bool
 ) -> Indices:
     """The micro-batch with most tokens, learned ones weighed by the vocabulary."""
     settings = model.config.get_text_config()
     by_token = TOKEN_WEIGHT * settings.num_hidden_layers * settings.hidden_size
     by_logit = LOGIT_WEIGHT * settings.vocab_size
     lengths, learned = data.encoding.lengths(), data.encoding.learned
-
-    def weight(batch: Indices) -> float:
-        own = lengths[list(batch)]
-        tokens = own.sum() if packed else own.max() * len(own)
-        logits = head.alive_at_once(model, int(learned[list(batch)].sum()))
-        return float(by_token * tokens + by_logit * logits)
-
-    return max(batches, key=weight)
+    most_logits = head.alive_at_once(model, sys.maxsize)
+    most, left = -1.0, iter(batches)
+    heaviest: Indices = ()
+    while some := list(islice(left, _AT_ONCE)):
+        sizes = np.array([len(batch) for batch in some])
+        samples, starts = np.concatenate(some), np.cumsum(sizes) - sizes
+        own = lengths[samples].astype(np.int64)
+        tokens = (
+            np.add.reduceat(own, starts) if packed else np.maximum.reduceat(own, starts) * sizes
+        )
+        logits = np.minimum(np.add.reduceat(learned[samples], starts), most_logits)
+        weights = by_token * tokens + by_logit * logits
+        first = int(np.argmax(weights))
+        if weights[first] > most:
+            most, heaviest = weights[first], some[first]
+    return heaviest
 
 
 def epochs(config: TextConfig) -> range:

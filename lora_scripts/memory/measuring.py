@@ -140,13 +140,17 @@ def _heaviest(task: Task, config: Config) -> tuple[Indices, Key]:
             return heaviest.most_pixels(task.train_set, batches), key
         case LanguageTask():
             assert isinstance(config, TextConfig)
-            keys = {e: Key(config.seed, "train", e) for e in heaviest.epochs(config)}
-            planned = {batch: key for key in keys.values() for batch in task.plan(key)}
-            model = task.base.model
-            indices = heaviest.most_tokens(task.data, list(planned), model, packed=task.packed)
-            return indices, planned[indices]
+            return _heaviest_rows(task, config)
         case _:
             raise TypeError(type(task))
+
+
+def _heaviest_rows(task: LanguageTask, config: TextConfig) -> tuple[Indices, Key]:
+    keys = [Key(config.seed, "train", epoch) for epoch in heaviest.epochs(config)]
+    planned = (batch for key in keys for batch in task.plan(key))
+    model = task.base.model
+    indices = heaviest.most_tokens(task.data, planned, model, packed=task.packed)
+    return indices, next(key for key in reversed(keys) if indices in task.plan(key))
 
 
 def _forward_and_backward(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.device import Compute
 from lora_scripts.models import hub
 from lora_scripts.models.family import ImageFamily, Options
@@ -86,9 +86,7 @@ def load_text(config: TextConfig, compute: Compute) -> CausalLM:
     )
 
 
-def build(
-    config: Config, rows: Sequence[tuple[Any, Any]], compute: Compute
-) -> DiffusionTask | LanguageTask:
+def build(config: Config, rows: AnyRows, compute: Compute) -> DiffusionTask | LanguageTask:
     """The task of a config: model loaded, data dealt out; not yet encoded, no LoRA yet.
 
     `rows`: records of the config's kind, each with the dataset that it came from.

@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from lora_scripts.data import cache, text
+from lora_scripts.data import cache, samples, text
 from lora_scripts.data.chat import ChatFormat
 from lora_scripts.models import causal_lm, head, lora, packing
 from lora_scripts.models.causal_lm import CausalLM
@@ -34,14 +34,18 @@ Progress = Callable[[str, int, int], None]
 class LanguageTask:
     """Learns conversations or texts as a LoRA on a language model."""
 
-    def __init__(self, config: TextConfig, base: CausalLM, rows: Sequence[text.Row]) -> None:
+    def __init__(self, config: TextConfig, base: CausalLM, rows: text.TextRows) -> None:
         self.config = config
         self.batch = config.micro_batch
         self.base = base
         self.rows = rows
         self.format = ChatFormat(base.tokenizer, config.chat_template, config.system_prompt)
         self.targets = causal_lm.targets(base.model, config.lora_targets)
-        contents = [(text.content_of(record), data.weight, data.role) for record, data in rows]
+        contents = (
+            (content, data.weight, data.role)
+            for records, data in rows.parts
+            for content in records.contents()
+        )
         self.fingerprint: Mapping[str, str] = {
             "data": cache.key_of(contents, self.format.tokenizer_id, self.format.template),
             "base_model": base.weights_id,
@@ -84,7 +88,7 @@ class LanguageTask:
             lambda done, total: progress("rows", done, total),
         )
         logger.info("Chat template: %s", self.format.name)
-        for remark in text.remarks(self.format, self.data.encoding, self.config):
+        for remark in text.remarks(self.format, self.data.encoding, self.rows, self.config):
             logger.warning("%s", remark)
         if self.targets.skipped:
             logger.warning("No adapter on: %s", "; ".join(self.targets.skipped))
@@ -113,7 +117,7 @@ class LanguageTask:
             views = self.data.train.views(key.seed, key.split, "order", epoch=key.epoch)
         lengths = None if self.packed else self.data.encoding.lengths()
         parts = (key.seed, key.split, "batches", key.epoch)
-        return text.batches(views, self.batch, lengths, *parts)
+        return samples.batches(views, self.batch, lengths, *parts)
 
     def load(self, indices: Indices, key: Key) -> Batch:
         rows = [self.data.encoding.read(index) for index in indices]
@@ -121,7 +125,7 @@ class LanguageTask:
 
     def place(self, index: int, key: Key) -> str:
         record, _ = self.rows[int(self.data.encoding.rows[index])]
-        return record.where
+        return str(record.where)
 
     def loss(self, batch: Batch, key: Key) -> Loss:
         """Cross entropy of the learned tokens, summed; logits only where there is one."""
@@ -151,7 +155,7 @@ class LanguageTask:
         """The data in a few words."""
         held_out = f"{len(self.data.validation.samples):,}" if self.held_out else "none"
         lengths = self.data.encoding.lengths()[self.data.train.samples]
-        learned = int(self.data.encoding.learned[self.data.train.samples].sum())
+        learned = self.data.encoding.learned_of(self.data.train.samples)
         return (
             f"{len(self.rows):,} rows: {self.items:,} samples to learn from with "
             f"{int(lengths.sum()):,} tokens ({learned:,} learned; the longest sample has "
@@ -161,8 +165,9 @@ class LanguageTask:
     def inventory(self) -> Iterator[tuple[str, str]]:
         """Where each row stands, and a hash of what it says and how often it is learned."""
         return (
-            (record.where, cache.key_of(text.content_of(record), data.weight, data.role))
-            for record, data in self.rows
+            (record.where, cache.key_of(content, data.weight, data.role))
+            for records, data in self.rows.parts
+            for record, content in zip(records, records.contents(), strict=True)
         )
 
     def advice(self, steps: int, views: float) -> str | None:

@@ -26,7 +26,7 @@ class Step:
     after: Position
     ends_epoch: bool
 
-    def share(self, processes: Processes) -> list[tuple[int, Indices]]:
+    def share(self, processes: Processes) -> Sequence[tuple[int, Indices]]:
         """A process's micro-batches, each with how many samples the run has seen before it."""
         first = self.after.samples - sum(map(len, self.micro_batches))
         seen = accumulate(map(len, self.micro_batches), initial=first)

@@ -9,6 +9,7 @@ import pytest
 
 from lora_scripts.data import conversations, text
 from lora_scripts.data.chat import ChatFormat
+from lora_scripts.data.rows import Rows
 from lora_scripts.schema import TextConfig, TextDataset
 from tests import text_toys
 
@@ -23,15 +24,15 @@ def encoded(folder: Path, lengths: list[int], **keys: Any) -> tuple[text.Encodin
     config = TextConfig.model_validate({**values, **keys})
     format = ChatFormat(text_toys.chatml_tokenizer(), None, "Be kind.")
     dataset = TextDataset(path=path)
-    read = [(record, dataset) for record in conversations.read_texts(path, None).records]
+    read = Rows([(conversations.read_texts(path, None).records, dataset)])
     found = text.encode(read, format, config, lambda done, total: None)
-    (remark,) = [r for r in text.remarks(format, found, config) if "cut off" in r] or [""]
+    (remark,) = [r for r in text.remarks(format, found, read, config) if "cut off" in r] or [""]
     return found, remark
 
 
 def test_rows_that_are_cut_are_named_with_their_lines(tmp_path: Path) -> None:
     found, remark = encoded(tmp_path, [1, 60, 2, 80])
-    lost = dict(found.cut)
+    lost = {f"rows.jsonl line {row + 1}": tokens for row, tokens in found.cut.tolist()}
     assert list(lost) == ["rows.jsonl line 2", "rows.jsonl line 4"]
     assert found.lengths().max() == 64
     assert lost["rows.jsonl line 4"] - lost["rows.jsonl line 2"] == 80  # four tokens a word
@@ -52,7 +53,7 @@ def test_the_longest_are_named_and_the_rest_counted(tmp_path: Path) -> None:
 
 def test_nothing_is_cut(tmp_path: Path) -> None:
     found, remark = encoded(tmp_path, [1, 2, 60], max_seq_length=512)
-    assert found.cut == [] and remark == ""
+    assert len(found.cut) == 0 and remark == ""
 
 
 def test_an_entry_that_was_written_before_is_read(
@@ -61,4 +62,4 @@ def test_an_entry_that_was_written_before_is_read(
     first, said = encoded(tmp_path, [1, 60, 80])
     monkeypatch.setattr(text, "_tokenise", None)  # another time would fail
     again, said_again = encoded(tmp_path, [1, 60, 80])
-    assert again.cut == first.cut and said_again == said
+    assert again.cut.tolist() == first.cut.tolist() and said_again == said

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_scripts.data import conversations
-from lora_scripts.data.text_checks import Row, check
+from lora_scripts.data.rows import Rows
+from lora_scripts.data.text_checks import Texts, check
 from lora_scripts.errors import Problem
 from lora_scripts.schema import TextDataset
 
@@ -33,7 +34,7 @@ def row(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"messages": turns, **more}
 
 
-def rows_of(path: Path, rows: list[Any], **dataset: Any) -> list[Row]:
+def rows_of(path: Path, rows: list[Any], **dataset: Any) -> Texts:
     """The rows written to a file, and read as they are read for a run."""
     path.parent.mkdir(exist_ok=True)
     lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in rows]
@@ -41,7 +42,7 @@ def rows_of(path: Path, rows: list[Any], **dataset: Any) -> list[Row]:
     found = conversations.read_texts(path, None)
     assert found.problems == []
     entry = TextDataset(path=path, **dataset)
-    return [(record, entry) for record in found.records]
+    return Rows([(found.records, entry)])
 
 
 def good() -> list[Any]:
@@ -55,11 +56,11 @@ def said(problems: list[Problem]) -> list[tuple[str, str]]:
 
 def test_good_rows_and_the_demo_are_in_order(tmp_path: Path) -> None:
     assert check(rows_of(tmp_path / "a.jsonl", good())) == []
-    assert check([]) == []
+    assert check(Rows()) == []
     demo = Path(__file__).parents[2] / "assets" / "demo"
     learned = TextDataset(path=demo / "support_dialogues.jsonl")
     held = TextDataset(path=demo / "support_heldout.jsonl", role="validation")
-    rows = [(r, d) for d in (learned, held) for r in conversations.read_texts(d.path, None).records]
+    rows = Rows([(conversations.read_texts(d.path, None).records, d) for d in (learned, held)])
     assert len(rows) == 260 and check(rows) == []
 
 
@@ -99,7 +100,7 @@ def test_held_out_rows_that_are_learned(tmp_path: Path) -> None:
         row("Who painted the sign over your door?", "My grandmother did it, in 1951."),
     ]
     held = rows_of(tmp_path / "held.jsonl", asked, role="validation")
-    exact, near = said(check([*learned, *held]))
+    exact, near = said(check(Rows([*learned.parts, *held.parts])))
     assert exact == (
         "held.jsonl line 2",
         "this row is held out, but it also stands among those that are learned, in a.jsonl line 5: "
@@ -107,16 +108,17 @@ def test_held_out_rows_that_are_learned(tmp_path: Path) -> None:
     )
     assert near[0] == "held.jsonl line 3"
     assert "nearly the same stands among those that are learned, in a.jsonl line 5" in near[1]
-    assert check([*learned, *held[:1]]) == []
+    lone = rows_of(tmp_path / "held.jsonl", asked[:1], role="validation")
+    assert check(Rows([*learned.parts, *lone.parts])) == []
     # two datasets that are learned leak nothing
-    assert all("held out" not in what for _, what in said(check([*learned, *rows_of(
-        tmp_path / "more.jsonl", asked)])))  # fmt: skip
+    both = Rows([*learned.parts, *rows_of(tmp_path / "more.jsonl", asked).parts])
+    assert all("held out" not in what for _, what in said(check(both)))
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     learned = rows_of(tmp_path / "one" / "rows.jsonl", good())
     held = rows_of(tmp_path / "two" / "rows.jsonl", good()[2:3], role="validation")
-    ((where, what),) = said(check([*learned, *held]))
+    ((where, what),) = said(check(Rows([*learned.parts, *held.parts])))
     assert where == f"{tmp_path / 'two' / 'rows.jsonl'} line 1"
     assert f"{tmp_path / 'one' / 'rows.jsonl'} line 3:" in what
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lora_scripts.data import text
 from lora_scripts.data.chat import Encoded
+from lora_scripts.data.samples import SampleSet
 from lora_scripts.errors import UserError
 from lora_scripts.models import causal_lm, packing
 from lora_scripts.tasks.language import LanguageTask
@@ -203,7 +204,7 @@ def test_copies_of_a_row_stay_on_one_side_of_the_split(tmp_path: Path, llama: Pa
 
 
 def test_weights_deal_out_evenly() -> None:
-    samples = text.SampleSet(np.arange(40), np.repeat([0.25, 2.5], 20))
+    samples = SampleSet(np.arange(40), np.repeat([0.25, 2.5], 20))
     epochs = [samples.views(42, "train", epoch=epoch) for epoch in range(4)]
     counts = np.bincount(np.concatenate(epochs), minlength=40)
     assert (counts[:20] == 1).all()

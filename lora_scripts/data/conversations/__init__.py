@@ -6,24 +6,27 @@ it, a question with its answer, or a raw text. Whatever is wrong becomes a `Prob
 file, the row and the field; nothing is repaired, and one bad row does not hide the next.
 
 Here are the files and the records; `rows` reads the kinds of file, `forms` tells by its fields what
-form a row has, `turns` reads and checks the messages, `saying` holds the words for what is wrong.
+form a row has, `turns` reads and checks the messages, `saying` holds the words for what is wrong,
+`store` keeps the records.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lora_scripts.data.conversations import forms, rows
 from lora_scripts.data.conversations.saying import Findings, checked, nearest
+from lora_scripts.data.conversations.store import TextRecord, TextRecords, content_of
 from lora_scripts.data.folders import link_problem, refuse_link, walk_files
 from lora_scripts.data.reading import Refused, count, is_unicode, read_file, show, show_path
 from lora_scripts.errors import Problem
+
+__all__ = ["TextRecord", "TextRecords", "Texts", "content_of", "read_texts"]
 
 DATA_SUFFIXES = rows.SUFFIXES
 RAW_SUFFIXES = (".txt", ".md")
@@ -32,26 +35,6 @@ _KINDS = ", ".join((*DATA_SUFFIXES, *RAW_SUFFIXES))
 _USUAL = ("metadata.csv", "metadata.jsonl")
 _RAW_FORM = "raw text files"
 _NAMED = 10  # so many unused fields are named
-
-
-@dataclass(frozen=True)
-class TextRecord:
-    """One conversation, or one raw text.
-
-    Attributes:
-        where: The place that says so: `dialogues.jsonl line 12`, `data.json row 3`, `book.md`.
-        messages: The conversation. A message has `role` (system, user, assistant or tool) and
-            `content` (a text), and may have `reasoning_content` (a text), `tool_calls` (a list of
-            `{"type": "function", "function": {"name": …, "arguments": {…}}}`, perhaps with `id`),
-            `name` and `tool_call_id`. Empty where `text` is set.
-        tools: The functions on offer, each `{"type": "function", "function": {"name": …, …}}`.
-        text: A raw text, learned whole.
-    """
-
-    where: str
-    messages: tuple[Mapping[str, Any], ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
-    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,7 @@ class Texts:
         forms: How many records each form gave, for the log: `{"OpenAI messages": 120}`.
     """
 
-    records: list[TextRecord]
+    records: TextRecords
     problems: list[Problem]
     forms: dict[str, int]
 
@@ -84,7 +67,7 @@ class _Reading:
     """What has been read so far. `root` is where the files that rows name are looked for."""
 
     root: Path
-    records: list[TextRecord] = field(default_factory=list)
+    records: TextRecords
     problems: list[Problem] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
     named: set[str] = field(default_factory=set)  # files that a row's file_name has asked for
@@ -96,8 +79,8 @@ class _Reading:
         return Texts(self.records, self.problems, dict(self.forms))
 
 
-def read_texts(path: Path, metadata_path: Path | None) -> Texts:
-    """Read the texts of a file or a folder.
+def read_texts(path: Path, metadata_path: Path | None, spool_dir: Path | None = None) -> Texts:
+    """Read the texts of a file or a folder; what was read lies on disk, near `spool_dir`.
 
     Of a folder are read: `metadata_path`; when that is None, `metadata.csv`, else
     `metadata.jsonl`, else every data file in it (`.jsonl`, `.json`, `.csv`, `.parquet`), else
@@ -108,9 +91,9 @@ def read_texts(path: Path, metadata_path: Path | None) -> Texts:
     of tools and arguments are parsed; every other character stays as it is.
     """
     if not path.is_dir():
-        return _read_one(path, metadata_path)
+        return _read_one(path, metadata_path, TextRecords(spool_dir))
     listing = _list_folder(path)
-    reading = _Reading(path, problems=listing.problems)
+    reading = _Reading(path, TextRecords(spool_dir), listing.problems)
     try:
         metadata = _choose_metadata(path, metadata_path)
     except Refused as refused:
@@ -135,8 +118,8 @@ def read_texts(path: Path, metadata_path: Path | None) -> Texts:
 # --- which files are read -------------------------------------------------------------------------
 
 
-def _read_one(path: Path, metadata_path: Path | None) -> Texts:
-    reading = _Reading(path.parent)
+def _read_one(path: Path, metadata_path: Path | None, records: TextRecords) -> Texts:
+    reading = _Reading(path.parent, records)
     suffix = path.suffix.lower()
     if not path.is_file():
         what = f"there is no such file or folder; expected a folder, or a file in {_KINDS}"
@@ -215,7 +198,7 @@ def _read_raw(reading: _Reading, path: Path, name: str) -> None:
         findings.refuse(str(refused))
     else:
         if text.strip():
-            reading.records.append(TextRecord(name, text=text))
+            reading.records.add(TextRecord(name, text=text))
             reading.forms[_RAW_FORM] += 1
         else:
             findings.remark("the file is empty; it is passed over")
@@ -223,20 +206,21 @@ def _read_raw(reading: _Reading, path: Path, name: str) -> None:
 
 
 def _read_data(reading: _Reading, path: Path, name: str) -> None:
+    unused: dict[str, tuple[str, ...]] = {}
+    is_empty = True
     try:
-        found = list(rows.read_rows(path, name))
+        for row in rows.read_rows(path, name):
+            is_empty = False
+            if isinstance(row, Problem):
+                reading.problems.append(row)
+            else:
+                unused |= _read_row(reading, row)
     except Refused as refused:
         reading.problems.append(Problem(name, str(refused)))
         return
-    if not found:
+    if is_empty:
         what = "there is no row in it; expected one for each conversation or text"
         reading.problems.append(Problem(name, what))
-    unused: dict[str, tuple[str, ...]] = {}
-    for row in found:
-        if isinstance(row, Problem):
-            reading.problems.append(row)
-        else:
-            unused |= _read_row(reading, row)
     if unused:
         said = [_unused(field, known) for field, known in islice(unused.items(), _NAMED)]
         more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
@@ -252,11 +236,15 @@ def _read_row(reading: _Reading, row: rows.Row) -> dict[str, tuple[str, ...]]:
     """Add the row to the reading; returns the fields that were not used."""
     findings = Findings(row.where)
     content = forms.read_row(row.fields, lambda name: _named_file(reading, name), findings)
-    reading.problems += findings.problems
     if content is not None:
-        record = TextRecord(row.where, content.messages, content.tools, content.text)
-        reading.records.append(record)
-        reading.forms[row.form or content.form.name] += 1
+        try:
+            reading.records.add(
+                TextRecord(row.where, content.messages, content.tools, content.text)
+            )
+            reading.forms[row.form or content.form.name] += 1
+        except Refused as refused:
+            findings.refuse(str(refused))
+    reading.problems += findings.problems
     return findings.unused
 
 

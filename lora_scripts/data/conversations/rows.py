@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_scripts.data.conversations import forms
 from lora_scripts.data.conversations.saying import listed, nearest, parse_json
 from lora_scripts.data.csv_rows import csv_rows, has_odd_quotes, split_row
-from lora_scripts.data.reading import Refused, kind, read_file, show
+from lora_scripts.data.reading import Refused, kind, read_file, read_lines, show
 from lora_scripts.errors import Problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -46,7 +46,7 @@ def read_rows(path: Path, name: str) -> Iterator[Row | Problem]:
     """
     match path.suffix.lower():
         case ".jsonl":
-            return _jsonl_rows(read_file(path), name)
+            return _jsonl_rows(path, name)
         case ".json":
             return _json_rows(read_file(path), name)
         case ".csv":
@@ -60,17 +60,16 @@ def read_rows(path: Path, name: str) -> Iterator[Row | Problem]:
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def _jsonl_rows(text: str, name: str) -> Iterator[Row | Problem]:
-    lines = text.split("\n")
-    first = next((line.strip() for line in lines if line.strip()), "")
+def _jsonl_rows(path: Path, name: str) -> Iterator[Row | Problem]:
+    first = next((line.strip() for line in read_lines(path) if line.strip()), "")
     if first.startswith("["):
         raise Refused("this is one JSON list; rename it to .json, or write one object a line")
     if first == "{":
         raise Refused(f"an object takes several lines; expected one object a line: {_EXAMPLE}")
-    return _lines(lines, name)
+    return _lines(read_lines(path), name)
 
 
-def _lines(lines: Sequence[str], name: str) -> Iterator[Row | Problem]:
+def _lines(lines: Iterable[str], name: str) -> Iterator[Row | Problem]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -243,11 +242,12 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row | Problem]:
         raise Refused(what) from None
     try:
         with parquet.ParquetFile(path) as file:
-            items = [item for batch in file.iter_batches() for item in batch.to_pylist()]
+            items = (item for batch in file.iter_batches() for item in batch.to_pylist())
+            for number, item in enumerate(items, start=1):
+                yield Row(f"{name} row {number}", _without_nulls(item))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise Refused(f"the file cannot be read as Parquet ({reason})") from None
-    return (Row(f"{name} row {i}", _without_nulls(item)) for i, item in enumerate(items, start=1))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,0 +1,212 @@
+"""What a data set's size costs: seconds and memory of checking, caching and training, at two sizes.
+
+    python -m benchmarks.scale [--texts 100000 1000000] [--images 1000 10000] [--folder FOLDER]
+
+Generated rows of about 130 characters, or pictures of 64 × 64 pixels with captions, and toy models
+of the real classes. Each size is a process of its own that goes the road of `train`: checking
+(`preflight`), caching (disk and memory foretold, model loaded, data encoded), training (a
+micro-step, then a few optimizer steps of one epoch).
+
+Memory is what the process has for itself: the anonymous pages (`RssAnon` of /proc/self/status, what
+is swapped out included), looked at 50 times a second. Pages of mapped files are left out: the
+system takes them back when it needs them. The slope is what the highest value of a phase grows by
+for each row between the two sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import last_line
+
+TEXTS, IMAGES = (100_000, 1_000_000), (1_000, 10_000)
+PHASES = ("checking", "caching", "training")
+STEPS = 5
+_CHILD = "from benchmarks import scale; scale.measure()"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--texts", type=int, nargs="*", default=TEXTS)
+    parser.add_argument("--images", type=int, nargs="*", default=IMAGES)
+    parser.add_argument("--folder", type=Path, help="of the data; must have room for them")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for kind, sizes in (("texts", arguments.texts), ("images", arguments.images)):
+            if sizes:
+                print_table(kind, [measured(kind, size, Path(folder)) for size in sizes])
+
+
+def measured(kind: str, size: int, folder: Path) -> dict[str, Any]:
+    """The figures of one size, from a process of its own."""
+    found: dict[str, Any] = json.loads(last_line(_CHILD, kind, str(size), str(folder)))
+    return found
+
+
+def print_table(kind: str, found: list[dict[str, Any]]) -> None:
+    """A row for each phase and size, and the slope of its peak."""
+    print(f"\n| {kind} | phase | seconds | µs a row | peak, MB | bytes a row |")
+    print("|---|---|---|---|---|---|")
+    for phase in PHASES:
+        for number, row in enumerate(found):
+            slope = ""
+            if number:
+                before = found[number - 1]
+                grown = row[phase]["peak"] - before[phase]["peak"]
+                slope = f"{grown / (row['rows'] - before['rows']):.1f}"
+            seconds, peak = row[phase]["seconds"], row[phase]["peak"] / 1e6
+            each = f"{seconds / row['rows'] * 1e6:,.0f}" if phase != "training" else ""
+            print(f"| {row['rows']:,} | {phase} | {seconds:.1f} | {each} | {peak:.1f} | {slope} |")
+
+
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+def measure() -> None:
+    """Make the data of a size, go the road with them, print the figures."""
+    from lora_scripts import config, preflight
+    from lora_scripts.logs import quiet_libraries
+
+    kind, size = sys.argv[1], int(sys.argv[2])
+    folder = Path(sys.argv[3]) / f"{kind}{size}"
+    values = texts(size, folder) if kind == "texts" else pictures(size, folder)
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    found: dict[str, Any] = {"rows": size}
+    draft = config.read(path, [])
+    with phase(found, "checking"):
+        rows, problems = preflight.inputs(draft)
+        preflight.refuse(problems, draft)
+    settings = draft.checked()
+    quiet_libraries()
+    with phase(found, "caching"):
+        from lora_scripts import device, disk, memory_check
+        from lora_scripts.tasks import build
+
+        compute = device.choose("cpu", "no")
+        disk.check(settings, rows)
+        memory_check.before(settings, rows, compute)
+        task = build.build(settings, rows, compute)
+        task.encode(lambda what, done, total: None)
+    with phase(found, "training"):
+        from lora_scripts import batch_size
+        from lora_scripts.training import loop
+
+        task.attach()
+        batch_size.tried(task, settings, compute, may_shrink=False)
+        settings.output_dir.mkdir(parents=True)
+        loop.train(task, settings, compute, settings.output_dir, lambda path, place: [], None)
+    print(json.dumps(found))
+
+
+@contextmanager
+def phase(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Seconds, and the most anonymous memory in bytes, of what is done within this context."""
+    ended, most = threading.Event(), [anonymous()]
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            most[0] = max(most[0], anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - began
+        ended.set()
+        watcher.join()
+    found[name] = {"seconds": seconds, "peak": max(most[0], anonymous())}
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no pages of files, in memory or swapped out."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return sum(int(number) << 10 for number in re.findall(r"(?:RssAnon|VmSwap):\s+(\d+) kB", text))
+
+
+# --- what is generated ----------------------------------------------------------------------------
+
+
+def texts(count: int, folder: Path) -> dict[str, Any]:
+    """Short conversations in made-up words, none like another, and a toy model: a config's keys."""
+    from tests import text_toys
+
+    folder.mkdir(parents=True)
+    dice = random.Random(count)
+    words = made_up_words(dice)
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            asked, said = (" ".join(dice.choices(words, k=5)) for _ in range(2))
+            turns = [{"role": "user", "content": f"{asked}?"},
+                     {"role": "assistant", "content": f"{said}."}]  # fmt: skip
+            file.write(json.dumps({"messages": turns}) + "\n")
+    base = text_toys.save_model(folder / "base")
+    return {
+        **common(base, folder / "rows.jsonl", folder),
+        "task_type": "text-generation",
+        "max_seq_length": 256,
+        "validation_split": 0.001,
+    }
+
+
+def pictures(count: int, folder: Path) -> dict[str, Any]:
+    """Pictures of noise with captions of their own, and a toy model: a config's keys."""
+    import numpy as np
+    from PIL import Image
+
+    from tests import toys
+
+    data = folder / "pictures"
+    data.mkdir(parents=True)
+    dice, noise = random.Random(count), np.random.default_rng(count)
+    words = made_up_words(dice)
+    lines = ["file_name,text"]
+    for number in range(count):
+        Image.fromarray(noise.integers(0, 256, (64, 64, 3), np.uint8)).save(
+            data / f"{number:06d}.png"
+        )
+        lines.append(f"{number:06d}.png,{' '.join(dice.choices(words, k=3))}")
+    (data / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    base = toys.save_stable_diffusion(folder / "base")
+    return {**common(base, data, folder), "resolution": 64}
+
+
+def made_up_words(dice: random.Random) -> list[str]:
+    """Words of one to three syllables."""
+    return [
+        "".join(dice.choice("bcdfghklmnprstvw") + dice.choice("aeiou") for _ in range(length))
+        for length in dice.choices((1, 2, 3), k=5000)
+    ]
+
+
+def common(base: Path, data: Path, folder: Path) -> dict[str, Any]:
+    """The keys of both kinds."""
+    return {
+        "base_model": str(base),
+        "train_data_dir": str(data),
+        "output_dir": str(folder / "output"),
+        "cache_dir": str(folder / "cache"),
+        "batch_size": 4,
+        "epochs": 1,
+        "max_train_steps": STEPS,
+        "lora_rank": 4,
+        "device": "cpu",
+        "mixed_precision": "no",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Bytes and numbers that lie on disk while a program runs: a data set may be larger than memory.
+
+The files have no name and are gone with the process, however it ends. What is smaller than
+`IN_MEMORY` never becomes a file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+IN_MEMORY = 1 << 20  # bytes
+_BLOCK = 1 << 20  # bytes read or written at once
+
+
+class Spool:
+    """Bytes that are written one behind the other and then read at any place."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """`folder`: it, or the nearest above it that is there, holds the file; None: the system's
+        folder for such files, as where the disk of `folder` may not be written to."""
+        self._folder = _writable(folder)
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(  # noqa: SIM115 read as long as it is
+            IN_MEMORY, dir=str(self._folder)
+        )
+        self._at_end = True
+        self.size = 0  # bytes
+
+    def append(self, data: bytes) -> None:
+        """Put bytes at the end.
+
+        Raises:
+            OSError: naming the folder, if the disk is full.
+        """
+        try:
+            if not self._at_end:
+                self._file.seek(self.size)
+                self._at_end = True
+            self._file.write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from None
+        self.size += len(data)
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes [start, end)."""
+        self._at_end = False
+        self._file.seek(start)
+        return self._file.read(end - start)
+
+    def copy_to(self, stream: IO[bytes]) -> None:
+        """Write all bytes to a stream."""
+        self._at_end = False
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, stream, _BLOCK)
+
+
+class Column:
+    """Numbers (or records of numbers) of one kind, appended one behind the other."""
+
+    def __init__(self, dtype: npt.DTypeLike, folder: Path | None = None) -> None:
+        self.dtype = np.dtype(dtype)
+        self.spool = Spool(folder)
+
+    def __len__(self) -> int:
+        return self.spool.size // self.dtype.itemsize
+
+    def append(self, values: npt.ArrayLike) -> None:
+        """Put one or several at the end."""
+        self.spool.append(np.asarray(values, dtype=self.dtype).tobytes())
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Those from `start` on and before `end`; they may not be changed."""
+        size = self.dtype.itemsize
+        return np.frombuffer(self.spool.read(start * size, end * size), dtype=self.dtype)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All of them, some at a time."""
+        step = _BLOCK // self.dtype.itemsize
+        for start in range(0, len(self), step):
+            yield self.read(start, min(start + step, len(self)))
+
+
+def table(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | None = None) -> np.ndarray:
+    """Zeros to be written over, mapped from a file; what lies in them is no memory of the process.
+
+    Raises:
+        OSError: naming the folder, if the disk is full: later, in a map, that would end the
+            process.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size <= IN_MEMORY:
+        return np.zeros(shape, dtype)
+    folder = _writable(folder)
+    file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed with its map
+    try:
+        for start in range(0, size, _BLOCK):
+            file.write(bytes(min(_BLOCK, size - start)))
+        file.flush()
+    except OSError as error:
+        file.close()
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def _writable(folder: Path | None) -> Path:
+    """The nearest folder that is there, or the system's own if nothing may be written there."""
+    if folder is not None:
+        found = folder.expanduser().absolute()
+        nearest = next((path for path in (found, *found.parents) if path.is_dir()), None)
+        if nearest is not None and os.access(nearest, os.W_OK):
+            return nearest
+    return Path(tempfile.gettempdir())

@@ -1,0 +1,131 @@
+"""What a row costs in memory: a few bytes, whatever it says. benchmarks/scale.py measures more."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_scripts.data import (
+    cache,
+    conversations,
+    duplicates,
+    reading,
+    samples,
+    spool,
+    text,
+    text_checks,
+    weights,
+)
+from lora_scripts.data.chat import ChatFormat
+from lora_scripts.data.conversations import TextRecord, TextRecords, content_of
+from lora_scripts.data.rows import Rows
+from lora_scripts.schema import TextConfig, TextDataset
+from tests import text_toys
+
+SMALL, LARGE = 500, 4000
+MOST = 32  # bytes; rows kept in memory take thousands each
+
+
+@contextmanager
+def peak(peaks: list[int]) -> Iterator[None]:
+    """Note the most that Python and NumPy have allocated within this context, beyond before."""
+    tracemalloc.start()
+    try:
+        yield
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+def generated(path: Path, count: int) -> Path:
+    dice = random.Random(count)
+    words = ["".join(dice.choices("abcdefghijklmnop", k=dice.randint(2, 7))) for _ in range(2000)]
+    sides = (" ".join(dice.choices(words, k=6)) for _ in range(2 * count))
+    rows = [{"prompt": asked, "completion": next(sides)} for asked in sides]
+    return text_toys.write_jsonl(path, rows)
+
+
+def test_a_row_takes_a_few_bytes_from_the_check_to_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "IN_MEMORY", 1)  # small data would not be put on disk
+    for module in (
+        reading,
+        spool,
+        duplicates,
+        text,
+        weights,
+    ):  # blocks are full with a few rows, as with many
+        monkeypatch.setattr(module, "_BLOCK", 256)
+    for name, size in {"_KEPT": 16, "_SLICE": 2000, "_COMPARED": 64}.items():
+        monkeypatch.setattr(duplicates, name, size)
+    format = ChatFormat(text_toys.chatml_tokenizer(), None, "Be kind.")
+    found: dict[int, list[int]] = {}
+    for count in (10, SMALL, LARGE):  # the first for what is loaded once
+        path = generated(tmp_path / f"{count}.jsonl", count)
+        values = {"task_type": "text-generation", "base_model": "toy", "train_data_dir": path,
+                  "output_dir": "out", "cache_dir": tmp_path / str(count)}  # fmt: skip
+        config = TextConfig.model_validate(values)
+        peaks = found.setdefault(count, [])
+        with peak(peaks):
+            read = conversations.read_texts(path, None, tmp_path)
+            rows = Rows([(read.records, TextDataset(path=path))])
+        with peak(peaks):
+            assert text_checks.check(rows, tmp_path) == []
+        with peak(peaks):
+            dealt = text.deal(rows, format, config, lambda done, total: None)
+        with peak(peaks):
+            views = dealt.train.views(1, "train", epoch=0)
+            planned = samples.batches(views, 4, dealt.encoding.lengths(), 1)
+        assert len(rows) == len(dealt.encoding) == count and len(planned) > count // 5
+    slopes = [(large - small) / (LARGE - SMALL)
+              for small, large in zip(found[SMALL], found[LARGE], strict=True)]  # fmt: skip
+    assert max(slopes) < MOST, slopes
+
+
+def test_records_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": [1, 2.5, None, "é"]}}}
+    written = [
+        TextRecord("a.jsonl line 1", ({"role": "user", "content": "你好 😀\n\t\"'"},)),
+        TextRecord("b.txt", text="\u2028 raw"),
+        TextRecord("c.json row 3", ({"role": "assistant", "content": "", "tool_calls": [call]},),
+                   ({"type": "function", "function": {"name": "f"}},)),
+    ]  # fmt: skip
+    for limit in (spool.IN_MEMORY, 1):
+        monkeypatch.setattr(spool, "IN_MEMORY", limit)
+        records = TextRecords(tmp_path / "not" / "there")
+        for record in written:
+            records.add(record)
+        assert records == written and records[-1] == written[2] and records[:2] == written[:2]
+        assert list(records.contents()) == [content_of(record) for record in written]
+        records.add(written[0])  # behind what was read
+        assert records[3] == written[0] and len(set(records.keys().tolist())) == 3
+        with pytest.raises(IndexError):
+            records[4]
+    assert list(tmp_path.iterdir()) == []  # a file has no name
+
+
+def test_a_list_that_is_never_made_has_the_same_name() -> None:
+    items = [("a", 1.0, "train"), ("'\"", 2.5, "validation")] * 1500
+    assert cache.key_of(iter(items), "x") == cache.key_of(items, "x")
+    assert cache.key_of(1, iter([])) == cache.key_of(1, [])
+    assert cache.key_of(iter(items[:1])) != cache.key_of(iter(items[:2]))
+
+
+def test_micro_batches_are_made_when_they_are_asked_for() -> None:
+    views = np.random.default_rng(0).permutation(37).astype(np.int32)
+    lengths = np.arange(37) % 5
+    for planned in (samples.batches(views, 4, None), samples.batches(views, 4, lengths, 3)):
+        every = list(planned)
+        assert sorted(view for batch in every for view in batch) == list(range(37))
+        assert [len(batch) for batch in every].count(4) == 9 and len(planned) == 10
+        assert list(planned[2:5]) == every[2:5] and list(planned[1::3]) == every[1::3]
+        assert planned[-1] == every[-1] and list(planned[8:99]) == every[8:]
+    # those of a batch are of like length
+    assert max(np.ptp(lengths[list(batch)]) for batch in samples.batches(views, 4, lengths, 3)) < 2

@@ -103,7 +103,7 @@ def records(path: Path) -> list[TextRecord]:
     """The conversations of a file."""
     found = read_texts(path, None)
     assert not found.problems, found.problems
-    return found.records
+    return list(found.records)
 
 
 @torch.no_grad()

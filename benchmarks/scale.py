@@ -33,7 +33,8 @@ from benchmarks.children import last_line
 TEXTS, IMAGES = (100_000, 1_000_000), (1_000, 10_000)
 PHASES = ("checking", "caching", "training")
 STEPS = 5
-_CHILD = "from benchmarks import scale; scale.measure()"
+_MAKE = "from benchmarks import scale; scale.make()"
+_MEASURE = "from benchmarks import scale; scale.measure()"
 
 
 def main() -> None:
@@ -49,8 +50,10 @@ def main() -> None:
 
 
 def measured(kind: str, size: int, folder: Path) -> dict[str, Any]:
-    """The figures of one size, from a process of its own."""
-    found: dict[str, Any] = json.loads(last_line(_CHILD, kind, str(size), str(folder)))
+    """The figures of one size, from a process of its own; another one has made the data."""
+    path = folder / f"{kind}{size}" / "run.yaml"
+    last_line(_MAKE, kind, str(size), str(path))
+    found: dict[str, Any] = json.loads(last_line(_MEASURE, str(size), str(path)))
     return found
 
 
@@ -73,16 +76,19 @@ def print_table(kind: str, found: list[dict[str, Any]]) -> None:
 # --- in a process of its own ----------------------------------------------------------------------
 
 
+def make() -> None:
+    """Write data, toy model and config of a size."""
+    kind, size, path = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    values = texts(size, path.parent) if kind == "texts" else pictures(size, path.parent)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
 def measure() -> None:
-    """Make the data of a size, go the road with them, print the figures."""
+    """Go the road of `train` with a config, print the figures."""
     from lora_scripts import config, preflight
     from lora_scripts.logs import quiet_libraries
 
-    kind, size = sys.argv[1], int(sys.argv[2])
-    folder = Path(sys.argv[3]) / f"{kind}{size}"
-    values = texts(size, folder) if kind == "texts" else pictures(size, folder)
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")
+    size, path = int(sys.argv[1]), Path(sys.argv[2])
     found: dict[str, Any] = {"rows": size}
     draft = config.read(path, [])
     with phase(found, "checking"):

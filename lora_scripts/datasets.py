@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_scripts.config import Draft, schema_of
-from lora_scripts.data import conversations, records
+from lora_scripts.data import conversations, pictures, records
 from lora_scripts.data.reading import show_path
 from lora_scripts.errors import Problem
 from lora_scripts.schema import Dataset, ImageDataset, TextConfig, TextDataset
@@ -82,31 +82,35 @@ def read(
 ) -> tuple[Sequence[Any], list[Problem]]:
     """The records of one dataset, and every problem, each with its place.
 
-    `spool_dir`: near which texts are put on disk. `is_alone`: no other dataset is named; else
+    `spool_dir`: near it what was read is put on disk. `is_alone`: no other dataset is named; else
     places are told with their folders.
     """
-    found, problems = _read(dataset, spool_dir)
-    if isinstance(dataset, ImageDataset) and not is_alone:
-        found, problems = _with_folder(dataset.path, found, problems)
+    found, problems = _read(dataset, spool_dir, is_alone=is_alone)
     return found, [_placed(draft, location, problem) for problem in problems]
 
 
-def _read(dataset: Dataset, spool_dir: Path) -> tuple[Sequence[Any], list[Problem]]:
+def _read(
+    dataset: Dataset, spool_dir: Path, *, is_alone: bool
+) -> tuple[Sequence[Any], list[Problem]]:
     """The records of one dataset; a file that cannot be looked at becomes a problem."""
     try:
         match dataset:
             case ImageDataset():
-                return records.read_images(
+                found, problems = records.read_images(
                     dataset.path, dataset.metadata_path, dataset.caption_keys
                 )
+                if not is_alone:
+                    found, problems = _with_folder(dataset.path, found, problems)
+                return pictures.Records(found, spool_dir), problems
             case TextDataset():
-                found = conversations.read_texts(dataset.path, dataset.metadata_path, spool_dir)
-                forms = ", ".join(f"{count:,} × {form}" for form, count in found.forms.items())
+                texts = conversations.read_texts(dataset.path, dataset.metadata_path, spool_dir)
+                forms = ", ".join(f"{count:,} × {form}" for form, count in texts.forms.items())
                 if forms:
                     logger.info("Data in %s: %s", dataset.path, forms)
-                return found.records, found.problems
+                return texts.records, texts.problems
     except OSError as error:  # a name too long, a file that may not be read
-        return [], [Problem(str(error.filename), f"{error.strerror}", kind="unreadable-file")]
+        where = str(error.filename or spool_dir)
+        return [], [Problem(where, f"{error.strerror}", kind="unreadable-file")]
 
 
 def _with_folder(

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_scripts import belonging
 from lora_scripts.belonging import Base
 from lora_scripts.data.rows import AnyRows
@@ -195,6 +197,7 @@ def _cache(config: Config, rows: AnyRows, base: Base) -> int:
         latents *= 2 if config.random_flip else 1
     if not (config.shuffle_tags or config.tag_dropout or config.train_text_encoder):
         tokens = _CLIP_TOKENS * config.max_caption_tokens // 75
-        captions = {text for record, _ in rows for text in record.captions}
-        prompts = (len(captions) + 1) * tokens * base.cross_attention_dim * 4
+        captions = (hash(text) for record, _ in rows for text in record.captions)
+        different = len(np.unique(np.fromiter(captions, np.int64))) + 1
+        prompts = different * tokens * base.cross_attention_dim * 4
     return latents + prompts

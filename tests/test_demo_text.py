@@ -23,7 +23,7 @@ CLOSING = "Keep the light on, your Tollenby team."
 def records(name: str) -> list[TextRecord]:
     found = read_texts(DEMO / name, None)
     assert found.problems == []
-    return found.records
+    return list(found.records)
 
 
 def exchanges(rows: list[TextRecord]) -> list[tuple[str, str]]:

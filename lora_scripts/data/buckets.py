@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lora_scripts.data.samples import Batches
+
 Size = tuple[int, int]
 
 
@@ -58,8 +60,8 @@ def assign(size: Size, buckets: Sequence[Size]) -> int:
 
 
 def plan_batches(
-    bucket_of: Sequence[int], batch_size: int, rng: np.random.Generator
-) -> list[tuple[int, ...]]:
+    bucket_of: Sequence[int] | np.ndarray, batch_size: int, rng: np.random.Generator
+) -> Batches:
     """A shuffled order of micro-batches of sample indices, each batch from one bucket.
 
     Every sample comes exactly once; a bucket leaves at most one batch that is not full; the
@@ -74,15 +76,19 @@ def plan_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-    of_sample = np.asarray(bucket_of, dtype=np.int64)
-    batches: list[tuple[int, ...]] = []
+    of_sample = np.asarray(bucket_of)
+    samples = np.empty(len(of_sample), np.int32)
+    starts, stops = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    end = 0
     for bucket in np.unique(of_sample):
-        members = rng.permutation(np.flatnonzero(of_sample == bucket)).tolist()
-        batches += [
-            tuple(members[start : start + batch_size])
-            for start in range(0, len(members), batch_size)
-        ]
-    return [batches[index] for index in rng.permutation(len(batches))]
+        members = np.flatnonzero(of_sample == bucket).astype(np.int32)
+        rng.shuffle(members)
+        begin, end = end, end + len(members)
+        samples[begin:end] = members
+        starts.append(np.arange(begin, end, batch_size, dtype=np.int32))
+        stops.append(np.minimum(starts[-1] + batch_size, end).astype(np.int32))
+    order = rng.permutation(sum(map(len, starts)))
+    return Batches(samples, np.concatenate(starts)[order], np.concatenate(stops)[order])
 
 
 def crop_box(size: Size, bucket: Size) -> tuple[Size, tuple[int, int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from lora_scripts.files import replace
 from lora_scripts.tensor_files import Part
 
 CACHE_VERSION = 1
+
+Job = tuple[str, Callable[[], Mapping[str, torch.Tensor]]]  # a key, and what makes its entry
 
 
 class Cache:
@@ -117,16 +120,25 @@ def _list_in_pieces(items: Iterator[object]) -> Iterator[str]:
 
 def fill(
     cache: Cache,
-    keys: Iterable[str],
-    encode: Callable[[str], Mapping[str, torch.Tensor]],
+    jobs: Callable[[], Iterator[Job]],
     progress: Callable[[int, int], None],
 ) -> int:
     """Encode what is missing, one entry at a time, so that an entry depends on itself alone.
 
+    `jobs` gives all of them, each time it is called; a key may come several times.
     `progress(done, total)` is called after each. Returns how many were made.
     """
-    missing = cache.missing(keys)
-    for done, key in enumerate(missing, start=1):
-        cache.write(key, encode(key))
-        progress(done, len(missing))
-    return len(missing)
+    numbers, keys = array("l"), array("Q")
+    for number, (key, _) in enumerate(jobs()):
+        if not cache.path(key).is_file():
+            numbers.append(number)
+            keys.append(int(key[:16], 16))
+    _, first = np.unique(np.frombuffer(keys, np.uint64), return_index=True)
+    missing = np.frombuffer(numbers, f"i{numbers.itemsize}")[np.sort(first)]
+    done = 0
+    for number, (key, encode) in enumerate(jobs() if len(missing) else ()):
+        if done < len(missing) and number == missing[done]:
+            cache.write(key, encode())
+            done += 1
+            progress(done, len(missing))
+    return done

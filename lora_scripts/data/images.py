@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,19 +12,22 @@ from PIL import Image
 
 from lora_scripts.data import buckets, fitting, looking, masks, picture_memory, pixels, records
 from lora_scripts.data.caption_checks import composed
-from lora_scripts.data.views import Picture, Size
+from lora_scripts.data.pictures import Picture, Pictures, Size
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.randomness import seed_of
 from lora_scripts.schema import ImageConfig, ImageDataset
+
+_ROLES = ("train", "validation", "regularisation")
+_AT_ONCE = 512  # pictures whose contents and sizes are asked for
 
 
 @dataclass(frozen=True)
 class Gathered:
     """The data of a run: what is learned from, what is measured, what is to be kept."""
 
-    train: list[Picture]
-    validation: list[Picture]
-    regularisation: list[Picture] = field(default_factory=list)
+    train: Pictures
+    validation: Pictures
+    regularisation: Pictures
 
 
 @dataclass(frozen=True)
@@ -56,28 +60,50 @@ def gather(
     """
     sizes = bucket_sizes(config, pixel_multiple)
     with picture_memory.opened(config.cache_dir) as memory:
-        contents, their_sizes = looking.contents_and_sizes([r.path for r, _ in rows], memory)
-    pictures = [
-        Picture(
-            record=record,
-            captions=tuple(composed(text, config, dataset.role) for text in record.captions),
-            role=dataset.role,
-            size=size,
-            bucket=sizes[buckets.assign(size, sizes)],
-            weight=record.repeats * dataset.repeats * dataset.weight,
-            content=content,
-            mask=masks.find(record, dataset) if config.masked_loss else None,
-        )
-        for (record, dataset), size, content in zip(rows, their_sizes, contents, strict=True)
-    ]
-    roles = [dataset.role for _, dataset in rows]
-    train, validation = _split(pictures, roles, config)
-    kept = [p for p, role in zip(pictures, roles, strict=True) if role == "regularisation"]
-    shown = config.epochs * sum(picture.weight for picture in train)
+        pictures = Pictures.of(_pictures(rows, config, sizes, memory), config.cache_dir)
+    roles = np.fromiter((_ROLES.index(dataset.role) for _, dataset in rows), np.int8)
+    train, validation, kept = (pictures.take(roles == number) for number in range(len(_ROLES)))
+    if config.validation_split and len(train) > 1:
+        held_out = _drawn(train, config)
+        train, validation = train.take(~held_out), train.take(held_out)
+    shown = config.epochs * float(train.weights.sum())
     if shown < 1:
         what = f"by their weights {config.epochs} epochs show {shown:g} pictures; raise the weights"
         raise UserError([Problem("datasets", what)])
     return Gathered(train, validation, kept)
+
+
+def _pictures(
+    rows: Iterable[tuple[records.Record, ImageDataset]],
+    config: ImageConfig,
+    sizes: Sequence[Size],
+    memory: picture_memory.PictureMemory,
+) -> Iterator[Picture]:
+    """Each row's picture.
+
+    Raises:
+        UserError: naming every file that cannot be read, once all were looked at.
+    """
+    left, problems = iter(rows), list[Problem]()
+    while some := list(itertools.islice(left, _AT_ONCE)):
+        try:
+            found = looking.contents_and_sizes([record.path for record, _ in some], memory)
+        except UserError as error:
+            problems += error.problems
+            continue
+        for (record, dataset), content, size in zip(some, *found, strict=True):
+            yield Picture(
+                record=record,
+                captions=tuple(composed(text, config, dataset.role) for text in record.captions),
+                role=dataset.role,
+                size=size,
+                bucket=sizes[buckets.assign(size, sizes)],
+                weight=record.repeats * dataset.repeats * dataset.weight,
+                content=content,
+                mask=masks.find(record, dataset) if config.masked_loss else None,
+            )
+    if problems:
+        raise UserError(problems)
 
 
 def bucket_sizes(config: ImageConfig, pixel_multiple: int) -> list[Size]:
@@ -95,25 +121,16 @@ def bucket_sizes(config: ImageConfig, pixel_multiple: int) -> list[Size]:
     return fitting.sizes_of(config)
 
 
-def _split(
-    pictures: list[Picture], roles: Sequence[str], config: ImageConfig
-) -> tuple[list[Picture], list[Picture]]:
-    """Training and held-out pictures: by the datasets' roles, or a share drawn by the seed."""
-    train = [p for p, role in zip(pictures, roles, strict=True) if role == "train"]
-    validation = [p for p, role in zip(pictures, roles, strict=True) if role == "validation"]
-    if not config.validation_split or len(train) < 2:
-        return train, validation
-    held_out = max(1, round(len(train) * config.validation_split))
+def _drawn(train: Pictures, config: ImageConfig) -> np.ndarray:
+    """Of each picture whether it is held out: a share, the least drawn."""
     # Keyed by name, so that adding a picture does not move the others between the two.
-    order = sorted(
-        range(len(train)),
-        key=lambda i: seed_of(config.seed, "split", train[i].record.path.name, train[i].content),
+    draws = np.fromiter(
+        (seed_of(config.seed, "split", p.record.path.name, p.content) for p in train), np.int64
     )
-    chosen = set(order[:held_out])
-    return (
-        [p for i, p in enumerate(train) if i not in chosen],
-        [p for i, p in enumerate(train) if i in chosen],
-    )
+    chosen = max(1, round(len(train) * config.validation_split))
+    held_out = np.zeros(len(train), dtype=bool)
+    held_out[np.argsort(draws, kind="stable")[:chosen]] = True
+    return held_out
 
 
 def view_of(picture: Picture, chance: np.random.Generator | None, *, mirrored: bool) -> View:

@@ -31,16 +31,16 @@ class SampleSet:
 class Batches(Sequence[tuple[int, ...]]):
     """Micro-batches of an epoch, made when they are asked for; a slice of them is of this kind."""
 
-    def __init__(
-        self, views: np.ndarray, size: int, order: np.ndarray | None, places: range
-    ) -> None:
-        """Batch `order[place]` (`place` itself without an order) of each of `places`; batch n
-        holds the views from n * `size` on."""
-        self._views, self._size, self._order = views, size, order
-        self._places = places
+    def __init__(self, views: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Batch n holds the views [starts[n], stops[n])."""
+        self._views, self._starts, self._stops = views, starts, stops
+
+    def of(self, items: np.ndarray) -> Batches:
+        """The same batches of the items that the views are numbers of."""
+        return Batches(items[self._views], self._starts, self._stops)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._starts)
 
     @overload
     def __getitem__(self, index: int) -> tuple[int, ...]: ...
@@ -49,14 +49,19 @@ class Batches(Sequence[tuple[int, ...]]):
     def __getitem__(self, index: slice) -> Batches: ...
 
     def __getitem__(self, index: int | slice) -> tuple[int, ...] | Batches:
+        starts, stops = self._starts[index], self._stops[index]
         if isinstance(index, slice):
-            return Batches(self._views, self._size, self._order, self._places[index])
-        place = self._places[index]
-        start = self._size * int(place if self._order is None else self._order[place])
-        return tuple(self._views[start : start + self._size].tolist())
+            return Batches(self._views, starts, stops)
+        return tuple(self._views[starts:stops].tolist())
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        """As lists are equal."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def batches(
@@ -67,14 +72,13 @@ def batches(
     With `lengths` (tokens of each sample) those of a batch are of like length: of each few batches
     the samples are sorted by length, and the batches shuffled again.
     """
-    count = -(-len(views) // batch_size)
-    if lengths is None:
-        return Batches(views, batch_size, None, range(count))
-    grouped = np.empty_like(views)
-    span = GROUPED_BATCHES * batch_size
-    for start in range(0, len(views), span):
-        part = views[start : start + span]
-        grouped[start : start + span] = part[np.argsort(lengths[part], kind="stable")]
-    order = np.arange(count, dtype=np.int32)
-    numpy_generator(*key).shuffle(order)
-    return Batches(grouped, batch_size, order, range(count))
+    starts = np.arange(0, len(views), batch_size, dtype=np.int32)
+    if lengths is not None:
+        grouped = np.empty_like(views)
+        span = GROUPED_BATCHES * batch_size
+        for start in range(0, len(views), span):
+            part = views[start : start + span]
+            grouped[start : start + span] = part[np.argsort(lengths[part], kind="stable")]
+        views = grouped
+        numpy_generator(*key).shuffle(starts)
+    return Batches(views, starts, np.minimum(starts + batch_size, len(views)).astype(np.int32))

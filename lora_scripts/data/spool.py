@@ -1,4 +1,5 @@
-"""Bytes and numbers that lie on disk while a program runs: a data set may be larger than memory.
+"""Bytes, numbers and values that lie on disk while a program runs: there may be more than fits into
+memory.
 
 The files have no name and are gone with the process, however it ends. What is smaller than
 `IN_MEMORY` never becomes a file.
@@ -6,10 +7,12 @@ The files have no name and are gone with the process, however it ends. What is s
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +24,7 @@ _BLOCK = 1 << 20  # bytes read or written at once
 
 
 class Spool:
-    """Bytes that are written one behind the other and then read at any place."""
+    """Bytes, written one behind the other and read at any place, also by several threads."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: it, or the nearest above it that is there, holds the file; None: the system's
@@ -31,6 +34,7 @@ class Spool:
             IN_MEMORY, dir=str(self._folder)
         )
         self._at_end = True
+        self._lock = threading.Lock()  # the file has one position
         self.size = 0  # bytes
 
     def append(self, data: bytes) -> None:
@@ -39,26 +43,29 @@ class Spool:
         Raises:
             OSError: naming the folder, if the disk is full.
         """
-        try:
-            if not self._at_end:
-                self._file.seek(self.size)
-                self._at_end = True
-            self._file.write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._folder)) from None
-        self.size += len(data)
+        with self._lock:
+            try:
+                if not self._at_end:
+                    self._file.seek(self.size)
+                    self._at_end = True
+                self._file.write(data)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._folder)) from None
+            self.size += len(data)
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes [start, end)."""
-        self._at_end = False
-        self._file.seek(start)
-        return self._file.read(end - start)
+        with self._lock:
+            self._at_end = False
+            self._file.seek(start)
+            return self._file.read(end - start)
 
     def copy_to(self, stream: IO[bytes]) -> None:
         """Write all bytes to a stream."""
-        self._at_end = False
-        self._file.seek(0)
-        shutil.copyfileobj(self._file, stream, _BLOCK)
+        with self._lock:
+            self._at_end = False
+            self._file.seek(0)
+            shutil.copyfileobj(self._file, stream, _BLOCK)
 
 
 class Column:
@@ -85,6 +92,56 @@ class Column:
         step = _BLOCK // self.dtype.itemsize
         for start in range(0, len(self), step):
             yield self.read(start, min(start + step, len(self)))
+
+
+class Values(Sequence[Any]):
+    """Values that JSON knows (tuples come back as lists), appended one behind the other.
+
+    Attributes:
+        characters: Of all of them, as JSON.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._ends = Column("<u8", folder)
+        self._spool = Spool(folder)
+        self.characters = 0
+
+    def append(self, value: object) -> None:
+        """Put one at the end.
+
+        Raises:
+            TypeError: if JSON does not know it.
+        """
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        self._spool.append(text.encode("utf-8", "surrogatepass"))
+        self._ends.append(self._spool.size)
+        self.characters += len(text)
+
+    def longer_than(self, size: int) -> Iterator[int]:
+        """The numbers of those of more bytes."""
+        start = number = 0
+        for ends in self._ends.blocks():
+            sizes = np.diff(ends.astype(np.int64), prepend=start)
+            yield from (number + np.flatnonzero(sizes > size)).tolist()
+            start, number = int(ends[-1]), number + len(ends)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        place = range(len(self))[index]
+        ends = self._ends.read(max(0, place - 1), place + 1).tolist()
+        return self._read(ends[0] if place else 0, ends[-1])
+
+    def __iter__(self) -> Iterator[Any]:
+        start = 0
+        for ends in self._ends.blocks():
+            for end in ends.tolist():
+                yield self._read(start, end)
+                start = end
+
+    def _read(self, start: int, end: int) -> Any:
+        return json.loads(self._spool.read(start, end).decode("utf-8", "surrogatepass"))
 
 
 def table(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | None = None) -> np.ndarray:

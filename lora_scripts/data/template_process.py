@@ -59,14 +59,20 @@ def write(
         "prompt": prompt,
         "seconds": template_child.SECONDS,
     }
-    answer = _child(os.getpid()).ask(json.dumps(request))
+    answer = _answered(json.dumps(request), os.getpid())
     if answer is None:
+        _answered.cache_clear()
         _child.cache_clear()
         limit = f"{template_child.SECONDS:.0f} seconds"
         raise Refusal(f"it does not end within {limit}, or takes too much memory")
     if "text" in answer:
         return str(answer["text"])
     raise Refusal(str(answer["refused"]), answer.get("line"))
+
+
+@functools.lru_cache(maxsize=4)  # of one conversation several callers ask for the same
+def _answered(request: str, parent: int) -> dict[str, Any] | None:
+    return _child(parent).ask(request)
 
 
 class _Child:

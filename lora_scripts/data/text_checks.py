@@ -88,7 +88,7 @@ class _Lines:
     def short(self, numbers: Numbers) -> Numbers:
         """Those that are not too long to be compared in part."""
         size = LONGEST // 2  # of the record; much less is sure to be short
-        longer = [numbers[place] for (records, _), numbers
+        longer = [own[place] for (records, _), own
                   in zip(self.rows.parts, self.rows.numbers, strict=True)
                   for place in records.longer_than(size)]  # fmt: skip
         too_long = [number for number in longer if len(self.line(number).said) > LONGEST]

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from lora_scripts.data import buckets, weights
-from lora_scripts.data.records import Record
+from lora_scripts.data.pictures import Picture, Pictures
+from lora_scripts.data.samples import Batches
 from lora_scripts.randomness import numpy_generator
-
-Size = tuple[int, int]  # width, height in pixels
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture with everything that does not change while training.
-
-    Attributes:
-        captions: Of these one is drawn for each view; most pictures have one.
-        size: The picture's own, upright.
-        bucket: The size that it is cut to.
-        weight: How often an epoch shows it.
-        content: SHA-256 of the file.
-        mask: The file that says where it is learned; the picture itself for its alpha channel.
-        role: Of its dataset: train, regularisation or validation.
-    """
-
-    record: Record
-    captions: tuple[str, ...]
-    size: Size
-    bucket: Size
-    weight: float
-    content: str
-    mask: Path | None = None
-    role: str = "train"
 
 
 @dataclass(frozen=True)
@@ -47,29 +21,29 @@ class PictureSet:
     many as there are of the others, going round where there are fewer pictures.
     """
 
-    pictures: list[Picture]
-    picture_of_view: np.ndarray
+    pictures: Pictures
+    picture_of_view: np.ndarray  # int32
     is_last: np.ndarray  # of each view: the one that a fractional weight may leave out
-    regularisation: list[Picture] = field(default_factory=list)
+    regularisation: Pictures
 
     @classmethod
-    def repeated(
-        cls, pictures: list[Picture], regularisation: list[Picture] | None = None
-    ) -> PictureSet:
-        """Every picture as often as its weight says."""
-        slots = np.ceil([picture.weight for picture in pictures]).astype(np.int64)
+    def repeated(cls, pictures: Pictures, regularisation: Pictures | None = None) -> PictureSet:
+        """Every picture as often as its weight says; both are of one run."""
+        regularisation = pictures[:0] if regularisation is None else regularisation
+        slots = np.ceil(pictures.weights).astype(np.int32)
         last = np.zeros(int(slots.sum()), dtype=bool)
         last[np.cumsum(slots) - 1] = True
-        often = [max(1, round(picture.weight)) for picture in regularisation or ()]
-        rounds = [p for p, n in zip(regularisation or (), often, strict=True) for _ in range(n)]
-        return cls(pictures, np.repeat(np.arange(len(pictures)), slots), last, rounds)
+        often = np.maximum(1, np.round(regularisation.weights)).astype(np.int32)
+        rounds = regularisation.take(np.repeat(np.arange(len(often), dtype=np.int32), often))
+        numbers = np.arange(len(pictures), dtype=np.int32)
+        return cls(pictures, np.repeat(numbers, slots), last, rounds)
 
     @classmethod
-    def measured(cls, pictures: list[Picture], views: int) -> PictureSet:
+    def measured(cls, pictures: Pictures, views: int) -> PictureSet:
         """Every picture in turn, at least once each, until there are about `views`."""
         rounds = max(1, round(views / len(pictures)))
-        shown = np.tile(np.arange(len(pictures)), rounds)
-        return cls(pictures, shown, np.zeros(len(shown), dtype=bool))
+        shown = np.tile(np.arange(len(pictures), dtype=np.int32), rounds)
+        return cls(pictures, shown, np.zeros(len(shown), dtype=bool), pictures[:0])
 
     def __len__(self) -> int:
         """The number of different views, those of regularisation left out."""
@@ -86,22 +60,24 @@ class PictureSet:
         return view >= len(self)
 
     def shown(self, epoch: int, *key: int | str) -> np.ndarray:
-        """The views of an epoch in the order of their numbers."""
-        weight_P = np.array([picture.weight for picture in self.pictures])
+        """The views of an epoch in the order of their numbers, int32."""
+        weight_P = self.pictures.weights
         times_P = weights.times(weight_P, *key, epoch=epoch)
         full_V = (times_P >= np.ceil(weight_P))[self.picture_of_view]
-        views = np.flatnonzero(full_V | ~self.is_last)
-        if not self.regularisation:
+        views = np.flatnonzero(full_V | ~self.is_last).astype(np.int32)
+        if not len(self.regularisation):
             return views
         kept = np.arange(len(views)) + round(epoch * weight_P.sum())
-        return np.concatenate([views, len(self) + kept])
+        return np.concatenate([views, (len(self) + kept).astype(np.int32)])
 
-    def batches(self, batch_size: int, *key: int | str, epoch: int = 0) -> list[tuple[int, ...]]:
+    def batches(self, batch_size: int, *key: int | str, epoch: int = 0) -> Batches:
         """The epoch's views in shuffled micro-batches of one bucket each; the order is `key`'s."""
         views = self.shown(epoch, *key)
-        shown = [self.at(int(view)).bucket for view in views]
-        numbers = {bucket: number for number, bucket in enumerate(sorted(set(shown)))}
-        planned = buckets.plan_batches(
-            [numbers[bucket] for bucket in shown], batch_size, numpy_generator(*key, epoch)
-        )
-        return [tuple(int(views[place]) for place in batch) for batch in planned]
+        learned, kept = views[views < len(self)], views[views >= len(self)] - len(self)
+        ranks = self.pictures.bucket_ranks[self.picture_of_view[learned]]
+        if len(kept):
+            ranks = np.append(
+                ranks, self.regularisation.bucket_ranks[kept % len(self.regularisation)]
+            )
+        planned = buckets.plan_batches(ranks, batch_size, numpy_generator(*key, epoch))
+        return planned.of(views)

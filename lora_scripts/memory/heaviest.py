@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def of_pictures(
         for epoch in range(config.epochs)
     )
     batch = most_pixels(learned, next(batches for batches in epochs if batches))
-    every = [*data.train, *data.regularisation, *data.validation]
+    every = chain(data.train, data.regularisation, data.validation)
     sides = max((picture.bucket for picture in every), key=lambda side: side[0] * side[1])
     return Pictures(len(batch), *learned.at(batch[0]).bucket, parts), Pictures(1, *sides, parts)
 

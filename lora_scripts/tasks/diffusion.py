@@ -5,10 +5,12 @@ Tensor suffixes: B batch, C channels, H height, W width (latent), T training tim
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import nn
@@ -16,7 +18,8 @@ from torch.nn import functional
 
 from lora_scripts.data import cache
 from lora_scripts.data.images import Gathered
-from lora_scripts.data.views import Picture, PictureSet
+from lora_scripts.data.pictures import Picture
+from lora_scripts.data.views import PictureSet
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import file_hash
 from lora_scripts.models import lora, lora_file
@@ -44,8 +47,8 @@ class DiffusionTask:
         self.batch = config.micro_batch
         self.family = family
         self.train_set = PictureSet.repeated(data.train, data.regularisation)
-        self.held_out = bool(data.validation)
-        measured = data.validation or data.train[:MEASURED_TRAINING_PICTURES]
+        self.held_out = len(data.validation) > 0
+        measured = data.validation if self.held_out else data.train[:MEASURED_TRAINING_PICTURES]
         self.validation_set = PictureSet.measured(measured, MEASURED_VIEWS)
         self.reader = ViewReader(config, family)
         self.fingerprint: Mapping[str, str] = {
@@ -83,16 +86,16 @@ class DiffusionTask:
         buckets = Counter(picture.bucket for picture in self.train_set.pictures)
         sizes = ", ".join(f"{w}×{h}: {count}" for (w, h), count in sorted(buckets.items()))
         held_out = len(self.validation_set.pictures) if self.held_out else "none"
-        kept = len({p.record.path for p in self.train_set.regularisation})
+        kept = len(np.unique(self.train_set.regularisation.numbers))
         beside = f", {kept} for regularisation" if kept else ""
         return f"{self.items} pictures ({sizes}){beside}, {held_out} held out"
 
     def inventory(self) -> Iterator[tuple[str, str]]:
         """Where each picture lies, and a hash of its part in the run."""
-        sets = (self.train_set, self.validation_set) if self.held_out else (self.train_set,)
-        shown = [picture for part in sets for picture in (*part.pictures, *part.regularisation)]
-        unique = dict.fromkeys(shown)
-        return ((str(p.record.path), cache.key_of(_picture_id(p))) for p in unique)
+        shown = self.train_set.pictures.joined(self.train_set.regularisation)
+        if self.held_out:
+            shown = shown.joined(self.validation_set.pictures)
+        return ((str(p.record.path), cache.key_of(_picture_id(p))) for p in shown)
 
     def advice(self, steps: int, views: float) -> str | None:
         """What a person with so few steps, or views of each picture, should know."""
@@ -125,7 +128,7 @@ class DiffusionTask:
 
     def encode(self, progress: Progress) -> None:
         """Encode every picture and caption that is to be cached and is not in the cache yet."""
-        learned = (*self.train_set.pictures, *self.train_set.regularisation)
+        learned = self.train_set.pictures.joined(self.train_set.regularisation)
         self.reader.encode(learned, self.validation_set.pictures, progress)
 
     def plan(self, key: Key) -> Sequence[Indices]:
@@ -292,9 +295,9 @@ def _check_targets(
 
 def _data_id(*sets: PictureSet) -> str:
     """A hash of everything that is learned from or measured."""
-    shown = [_picture_id(picture) for part in sets for picture in part.pictures]
-    kept = [("kept", *_picture_id(picture)) for part in sets for picture in part.regularisation]
-    return cache.key_of([*shown, *kept])
+    shown = (_picture_id(picture) for part in sets for picture in part.pictures)
+    kept = (("kept", *_picture_id(picture)) for part in sets for picture in part.regularisation)
+    return cache.key_of(itertools.chain(shown, kept))
 
 
 def _picture_id(picture: Picture) -> tuple[object, ...]:

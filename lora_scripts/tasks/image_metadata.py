@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from lora_scripts.data.views import Picture, PictureSet
+from lora_scripts.data.pictures import Picture, Pictures
+from lora_scripts.data.views import PictureSet
 from lora_scripts.schema import ImageConfig
 
 
@@ -58,7 +59,7 @@ def _buckets(pictures: PictureSet) -> dict[str, dict[str, object]]:
     }
 
 
-def _tags(pictures: list[Picture]) -> dict[str, dict[str, int]]:
+def _tags(pictures: Pictures) -> dict[str, dict[str, int]]:
     """How often each tag stands in the captions of a folder."""
     tags: dict[str, Counter[str]] = {}
     for picture in pictures:

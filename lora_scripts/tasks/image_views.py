@@ -5,8 +5,10 @@ Tensor suffixes: C channels, H height, W width (of pixels or latent).
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch
 from lora_scripts.data import cache, captions
 from lora_scripts.data.caption_checks import composed
 from lora_scripts.data.images import View, mask_of, pixels_of, view_of
-from lora_scripts.data.views import Picture
+from lora_scripts.data.pictures import Picture, Pictures
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.models.family import Framing, ImageFamily
 from lora_scripts.randomness import generator, numpy_generator
@@ -41,23 +43,21 @@ class ViewReader:
         self.varies_tags = config.shuffle_tags or config.tag_dropout > 0
         self.prompts_are_cached = not (self.varies_tags or config.train_text_encoder)
 
-    def encode(
-        self, learned: Sequence[Picture], measured: Sequence[Picture], progress: Progress
-    ) -> None:
+    def encode(self, learned: Pictures, measured: Pictures, progress: Progress) -> None:
         """Encode what is to be cached and is not yet; keep the other encoders on the device.
 
         Raises:
             UserError: if a mask leaves nothing of its picture's cut.
         """
-        pictures = list(dict.fromkeys((*learned, *measured)))
-        self._refuse_empty_masks(learned, measured)
+        pictures = learned.joined(measured)
+        if self.config.masked_loss:
+            self._refuse_empty_masks(pictures, measured)
         if self.latents_are_cached:
             self._encode_pictures(pictures, progress)
         else:
             self.family.keep_on_device("image")
         if self.prompts_are_cached:
-            prompts = {text for picture in pictures for text in picture.captions} | {""}
-            self._encode_prompts(sorted(prompts), progress)
+            self._encode_prompts(pictures, progress)
         else:
             self.family.keep_on_device("text")
 
@@ -130,36 +130,39 @@ class ViewReader:
         """The cache entry of a prompt."""
         return cache.key_of(text, self.family.text_encoder_id)
 
-    def _encode_pictures(self, pictures: Sequence[Picture], progress: Progress) -> None:
+    def _encode_pictures(self, pictures: Pictures, progress: Progress) -> None:
         mirrors = (False, True) if self.config.random_flip else (False,)
-        jobs = {self.latent_key(p, mirrored=m): (p, m) for p in pictures for m in mirrors}
 
-        def encode_picture(key: str) -> Mapping[str, torch.Tensor]:
-            picture, mirrored = jobs[key]
+        def encoded(picture: Picture, mirrored: bool) -> Mapping[str, torch.Tensor]:
             view = view_of(picture, None, mirrored=mirrored)
             mean_CHW, std_CHW = self.family.encode_image(pixels_of(view))
             return {"mean": mean_CHW, "std": std_CHW}
 
+        def jobs() -> Iterator[cache.Job]:
+            for picture in pictures:
+                for mirrored in mirrors:
+                    key = self.latent_key(picture, mirrored=mirrored)
+                    yield key, partial(encoded, picture, mirrored)
+
         with self.family.visiting("image"):
-            cache.fill(self.latents, jobs, encode_picture, _named("pictures", progress))
+            cache.fill(self.latents, jobs, _named("pictures", progress))
 
-    def _encode_prompts(self, prompts: Sequence[str], progress: Progress) -> None:
-        texts = {self.prompt_key(text): text for text in prompts}
+    def _encode_prompts(self, pictures: Pictures, progress: Progress) -> None:
+        def jobs() -> Iterator[cache.Job]:
+            texts = (text for picture in pictures for text in picture.captions)
+            for text in itertools.chain(("",), texts):
+                yield self.prompt_key(text), partial(self.family.encode_prompt, text)
+
         with self.family.visiting("text"):
-            cache.fill(
-                self.prompts,
-                texts,
-                lambda key: self.family.encode_prompt(texts[key]),
-                _named("captions", progress),
-            )
+            cache.fill(self.prompts, jobs, _named("captions", progress))
 
-    def _refuse_empty_masks(self, learned: Sequence[Picture], measured: Sequence[Picture]) -> None:
+    def _refuse_empty_masks(self, pictures: Pictures, measured: Pictures) -> None:
         """A mask that is black where the picture is cut would leave nothing to divide by.
 
         Random cuts are moved to where the mask is bright; those that are measured never are.
         """
-        cut_in_the_middle = measured if self.config.random_crop else (*learned, *measured)
-        dark = [picture for picture in dict.fromkeys(cut_in_the_middle) if _is_dark(picture)]
+        cut_in_the_middle = measured.joined(measured) if self.config.random_crop else pictures
+        dark = [picture for picture in cut_in_the_middle if _is_dark(picture)]
         if not dark or (self.config.random_crop and not all(map(_is_dark, measured))):
             return
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lora_scripts.data import (
     cache,
     conversations,
     duplicates,
+    images,
     reading,
     samples,
     spool,
@@ -24,12 +26,15 @@ from lora_scripts.data import (
 )
 from lora_scripts.data.chat import ChatFormat
 from lora_scripts.data.conversations import TextRecord, TextRecords, content_of
+from lora_scripts.data.pictures import Records
+from lora_scripts.data.records import read_images
 from lora_scripts.data.rows import Rows
-from lora_scripts.schema import TextConfig, TextDataset
-from tests import text_toys
+from lora_scripts.data.views import PictureSet
+from lora_scripts.schema import ImageConfig, TextConfig, TextDataset
+from tests import text_toys, toys
 
 SMALL, LARGE = 500, 4000
-MOST = 32  # bytes; rows kept in memory take thousands each
+MOST = 100  # bytes; rows kept in memory take thousands each, benchmarks/scale.py finds below 32
 
 
 @contextmanager
@@ -41,6 +46,12 @@ def peak(peaks: list[int]) -> Iterator[None]:
         peaks.append(tracemalloc.get_traced_memory()[1])
     finally:
         tracemalloc.stop()
+
+
+def slopes(found: dict[int, list[int]], small: int, large: int) -> list[float]:
+    """By how many bytes a row each peak grows."""
+    pairs = zip(found[small], found[large], strict=True)
+    return [(more - less) / (large - small) for less, more in pairs]
 
 
 def generated(path: Path, count: int) -> Path:
@@ -84,9 +95,32 @@ def test_a_row_takes_a_few_bytes_from_the_check_to_the_plan(
             views = dealt.train.views(1, "train", epoch=0)
             planned = samples.batches(views, 4, dealt.encoding.lengths(), 1)
         assert len(rows) == len(dealt.encoding) == count and len(planned) > count // 5
-    slopes = [(large - small) / (LARGE - SMALL)
-              for small, large in zip(found[SMALL], found[LARGE], strict=True)]  # fmt: skip
-    assert max(slopes) < MOST, slopes
+    found_slopes = slopes(found, SMALL, LARGE)
+    assert max(found_slopes) < MOST, found_slopes
+
+
+def test_a_picture_takes_a_few_bytes_when_it_is_dealt_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "IN_MEMORY", 1)
+    monkeypatch.setattr(images, "_AT_ONCE", 8)
+    for module in (spool, weights):
+        monkeypatch.setattr(module, "_BLOCK", 256)
+    found: dict[int, list[int]] = {}
+    for count in (10, SMALL // 5, LARGE // 5):
+        folder = toys.save_pictures(tmp_path / str(count), count=count, side=8)
+        config = ImageConfig.model_validate(
+            {"base_model": "b", "train_data_dir": folder, "output_dir": "o", "resolution": 64,
+             "cache_dir": tmp_path / "cache"}
+        )  # fmt: skip
+        records = Records(read_images(folder, None)[0], tmp_path)
+        with peak(found.setdefault(count, [])):
+            data = images.gather(Rows([(records, config.all_datasets()[0])]), config, 8)
+        with peak(found[count]):
+            planned = PictureSet.repeated(data.train).batches(2, 1, "order")
+        assert len(data.train) == count and len(planned) == count // 2
+    found_slopes = slopes(found, SMALL // 5, LARGE // 5)
+    assert max(found_slopes) < 2 * MOST, found_slopes
 
 
 def test_records_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +143,16 @@ def test_records_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(IndexError):
             records[4]
     assert list(tmp_path.iterdir()) == []  # a file has no name
+
+
+def test_several_threads_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "IN_MEMORY", 1)
+    values = spool.Values()
+    for number in range(500):
+        values.append([number, "x" * (number % 50)])
+    places = np.random.default_rng(0).integers(0, 500, 4000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert [value[0] for value in pool.map(values.__getitem__, places)] == places
 
 
 def test_a_list_that_is_never_made_has_the_same_name() -> None:

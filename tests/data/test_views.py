@@ -13,14 +13,20 @@ from PIL import Image
 
 from lora_scripts.data import captions
 from lora_scripts.data.images import mask_of, pixels_of, view_of
+from lora_scripts.data.pictures import Picture, Pictures
 from lora_scripts.data.records import Record
-from lora_scripts.data.views import Picture, PictureSet
+from lora_scripts.data.views import PictureSet
 from lora_scripts.data.weights import times
 
 
 def picture(name: str, weight: float = 1.0, bucket: tuple[int, int] = (64, 64)) -> Picture:
     path = Path(name)
     return Picture(Record(path, name, name), (name,), bucket, bucket, weight, name)
+
+
+def repeated(train: list[Picture], kept: list[Picture] | None = None) -> PictureSet:
+    every = Pictures.of([*train, *(kept or ())])
+    return PictureSet.repeated(every[: len(train)], every[len(train) :])
 
 
 def names(pictures: PictureSet, epoch: int) -> Counter[str]:
@@ -38,7 +44,7 @@ def test_weights_are_kept_over_the_epochs(weights: list[float], seed: int) -> No
 
 
 def test_a_picture_is_shown_as_often_as_its_weight_says() -> None:
-    pictures = PictureSet.repeated([picture("a", 2.5), picture("b"), picture("c", 0.25)])
+    pictures = repeated([picture("a", 2.5), picture("b"), picture("c", 0.25)])
     total: Counter[str] = sum((names(pictures, epoch) for epoch in range(8)), Counter())
     assert total == {"a": 20, "b": 8, "c": 2}
 
@@ -47,7 +53,7 @@ def test_no_picture_is_lost_in_mixed_buckets() -> None:
     """Two folders, two buckets, regularisation, batches that do not come out even."""
     train = [picture(f"t{i}", 2, (64, 64) if i % 3 else (96, 48)) for i in range(7)]
     kept = [picture(f"r{i}", 1, (64, 64) if i % 2 else (96, 48)) for i in range(5)]
-    pictures = PictureSet.repeated(train, kept)
+    pictures = repeated(train, kept)
     for epoch in range(3):
         for batch in pictures.batches(4, 7, "order", epoch=epoch):
             assert len({pictures.at(view).bucket for view in batch}) == 1
@@ -57,7 +63,7 @@ def test_no_picture_is_lost_in_mixed_buckets() -> None:
 
 
 def test_other_regularisation_pictures_come_in_the_next_epoch() -> None:
-    pictures = PictureSet.repeated([picture("t")], [picture(f"r{i}") for i in range(4)])
+    pictures = repeated([picture("t")], [picture(f"r{i}") for i in range(4)])
     kept = [names(pictures, epoch) - Counter("t") for epoch in range(4)]
     assert sorted(name for found in kept for name in found if name != "t") == [
         "r0",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from lora_scripts.data.reading import Refused
-from lora_scripts.data.spool import Column, Spool
-
-_ENTRY = np.dtype([("end", "<u8"), ("content", "V32")])  # where a record ends, and its SHA-256
+from lora_scripts.data.spool import Column, Values
 
 
 @dataclass(frozen=True)
@@ -38,17 +35,17 @@ class TextRecord:
 
 
 class TextRecords(Sequence[TextRecord]):
-    """Records in the order in which they were added, and a hash of what each says.
-
-    Attributes:
-        characters: Of all records, as JSON.
-    """
+    """Records in the order in which they were added, and a hash of what each says."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: where to put files, as `Spool` takes it."""
-        self._entries = Column(_ENTRY, folder)
-        self._records = Spool(folder)
-        self.characters = 0
+        self._values = Values(folder)
+        self._contents = Column("V32", folder)
+
+    @property
+    def characters(self) -> int:
+        """Of all records, as JSON."""
+        return self._values.characters
 
     def add(self, record: TextRecord) -> None:
         """Put a record at the end.
@@ -56,40 +53,31 @@ class TextRecords(Sequence[TextRecord]):
         Raises:
             Refused: if it holds a value that JSON does not know.
         """
-        values = (record.where, record.messages, record.tools, record.text)
         try:
-            text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+            self._values.append((record.where, record.messages, record.tools, record.text))
         except TypeError as error:
             raise Refused(f"it holds a value that is none of JSON's ({error})") from None
-        self._records.append(text.encode("utf-8", "surrogatepass"))
-        self._entries.append(np.array((self._records.size, digest_of(record)), _ENTRY))
-        self.characters += len(text)
+        self._contents.append(np.void(digest_of(record)))
 
     def contents(self) -> Iterator[str]:
         """`content_of` each record; no record is read for it."""
-        for block in self._entries.blocks():
-            yield from (content.tobytes().hex() for content in block["content"])
+        return (content.tobytes().hex() for block in self._contents.blocks() for content in block)
 
     def keys(self) -> np.ndarray:
         """The first 64 bits of each content: the same for the same, uint64."""
         keys = np.empty(len(self), np.uint64)
         done = 0
-        for block in self._entries.blocks():
-            contents = np.ascontiguousarray(block["content"]).view(np.uint64)
-            keys[done : done + len(block)] = contents.reshape(-1, 4)[:, 0]
+        for block in self._contents.blocks():
+            keys[done : done + len(block)] = block.view(np.uint64).reshape(-1, 4)[:, 0]
             done += len(block)
         return keys
 
     def longer_than(self, size: int) -> Iterator[int]:
-        """The records of more bytes, as JSON."""
-        start = number = 0
-        for block in self._entries.blocks():
-            sizes = np.diff(block["end"].astype(np.int64), prepend=start)
-            yield from (number + np.flatnonzero(sizes > size)).tolist()
-            start, number = int(block["end"][-1]), number + len(block)
+        """The numbers of the records of more bytes, as JSON."""
+        return self._values.longer_than(size)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._values)
 
     @overload
     def __getitem__(self, index: int) -> TextRecord: ...
@@ -100,16 +88,10 @@ class TextRecords(Sequence[TextRecord]):
     def __getitem__(self, index: int | slice) -> TextRecord | list[TextRecord]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        ends = self._entries.read(max(0, place - 1), place + 1)["end"].tolist()
-        return self._read(ends[-2] if place else 0, ends[-1])
+        return _record(self._values[index])
 
     def __iter__(self) -> Iterator[TextRecord]:
-        start = 0
-        for block in self._entries.blocks():
-            for end in block["end"].tolist():
-                yield self._read(start, end)
-                start = end
+        return map(_record, self._values)
 
     def __eq__(self, other: object) -> bool:
         """As lists are equal."""
@@ -117,10 +99,10 @@ class TextRecords(Sequence[TextRecord]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _read(self, start: int, end: int) -> TextRecord:
-        text = self._records.read(start, end).decode("utf-8", "surrogatepass")
-        where, messages, tools, raw = json.loads(text)
-        return TextRecord(where, tuple(messages), tuple(tools), raw)
+
+def _record(value: Any) -> TextRecord:
+    where, messages, tools, text = value
+    return TextRecord(where, tuple(messages), tuple(tools), text)
 
 
 def digest_of(record: TextRecord) -> bytes:

@@ -1,16 +1,19 @@
 """What a data set's size costs: seconds and memory of checking, caching and training, at two sizes.
 
-    python -m benchmarks.scale [--texts 100000 1000000] [--images 1000 10000] [--folder FOLDER]
+    python -m benchmarks.scale [--texts 100000 1000000] [--conversations 100000 300000]
+                               [--images 1000 10000] [--traced] [--folder FOLDER]
 
-Generated rows of about 130 characters, or pictures of 64 × 64 pixels with captions, and toy models
-of the real classes. Each size is a process of its own that goes the road of `train`: checking
-(`preflight`), caching (disk and memory foretold, model loaded, data encoded), training (a
-micro-step, then a few optimizer steps of one epoch).
+Generated raw texts of about 60 characters, conversations of an exchange of that length, or pictures
+of 64 × 64 pixels with captions, and toy models of the real classes. Each size is a process of its
+own that goes the road of `train`: checking (`preflight`), caching (disk and memory foretold, model
+loaded, data encoded), training (a micro-step, then a few optimizer steps of one epoch).
 
 Memory is what the process has for itself: the anonymous pages (`RssAnon` of /proc/self/status, what
 is swapped out included), looked at 50 times a second. Pages of mapped files are left out: the
 system takes them back when it needs them. The slope is what the highest value of a phase grows by
-for each row between the two sizes.
+for each row between the two sizes. Two runs of one size differ by some megabytes, which is nothing
+for a million rows and much for ten thousand: with --traced what Python and NumPy allocate is
+counted instead, which is exact and slower.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +34,11 @@ from typing import Any
 
 from benchmarks.children import last_line
 
-TEXTS, IMAGES = (100_000, 1_000_000), (1_000, 10_000)
+SIZES = {
+    "texts": (100_000, 1_000_000),
+    "conversations": (100_000, 300_000),
+    "images": (1_000, 10_000),
+}
 PHASES = ("checking", "caching", "training")
 STEPS = 5
 _MAKE = "from benchmarks import scale; scale.make()"
@@ -39,21 +47,25 @@ _MEASURE = "from benchmarks import scale; scale.measure()"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--texts", type=int, nargs="*", default=TEXTS)
-    parser.add_argument("--images", type=int, nargs="*", default=IMAGES)
+    for kind, sizes in SIZES.items():
+        parser.add_argument(f"--{kind}", type=int, nargs="*", default=sizes)
+    parser.add_argument("--traced", action="store_true", help="count what Python allocates")
     parser.add_argument("--folder", type=Path, help="of the data; must have room for them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for kind, sizes in (("texts", arguments.texts), ("images", arguments.images)):
-            if sizes:
-                print_table(kind, [measured(kind, size, Path(folder)) for size in sizes])
+        for kind in SIZES:
+            if sizes := getattr(arguments, kind):
+                print_table(
+                    kind,
+                    [measured(kind, size, Path(folder), traced=arguments.traced) for size in sizes],
+                )
 
 
-def measured(kind: str, size: int, folder: Path) -> dict[str, Any]:
+def measured(kind: str, size: int, folder: Path, *, traced: bool) -> dict[str, Any]:
     """The figures of one size, from a process of its own; another one has made the data."""
     path = folder / f"{kind}{size}" / "run.yaml"
     last_line(_MAKE, kind, str(size), str(path))
-    found: dict[str, Any] = json.loads(last_line(_MEASURE, str(size), str(path)))
+    found: dict[str, Any] = json.loads(last_line(_MEASURE, str(size), str(path), str(traced)))
     return found
 
 
@@ -79,7 +91,7 @@ def print_table(kind: str, found: list[dict[str, Any]]) -> None:
 def make() -> None:
     """Write data, toy model and config of a size."""
     kind, size, path = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    values = texts(size, path.parent) if kind == "texts" else pictures(size, path.parent)
+    values = pictures(size, path.parent) if kind == "images" else texts(kind, size, path.parent)
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
@@ -89,6 +101,8 @@ def measure() -> None:
     from lora_scripts.logs import quiet_libraries
 
     size, path = int(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3] == "True":
+        tracemalloc.start()
     found: dict[str, Any] = {"rows": size}
     draft = config.read(path, [])
     with phase(found, "checking"):
@@ -118,7 +132,8 @@ def measure() -> None:
 
 @contextmanager
 def phase(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Seconds, and the most anonymous memory in bytes, of what is done within this context."""
+    """Seconds, and the most memory in bytes, of what is done within this context."""
+    tracemalloc.reset_peak()
     ended, most = threading.Event(), [anonymous()]
 
     def watch() -> None:
@@ -134,7 +149,10 @@ def phase(found: dict[str, Any], name: str) -> Iterator[None]:
         seconds = time.perf_counter() - began
         ended.set()
         watcher.join()
-    found[name] = {"seconds": seconds, "peak": max(most[0], anonymous())}
+    peak = max(most[0], anonymous())
+    if tracemalloc.is_tracing():
+        peak = tracemalloc.get_traced_memory()[1]
+    found[name] = {"seconds": seconds, "peak": peak}
 
 
 def anonymous() -> int:
@@ -146,8 +164,8 @@ def anonymous() -> int:
 # --- what is generated ----------------------------------------------------------------------------
 
 
-def texts(count: int, folder: Path) -> dict[str, Any]:
-    """Short conversations in made-up words, none like another, and a toy model: a config's keys."""
+def texts(kind: str, count: int, folder: Path) -> dict[str, Any]:
+    """Short rows in made-up words, none like another, and a toy model: a config's keys."""
     from tests import text_toys
 
     folder.mkdir(parents=True)
@@ -158,7 +176,8 @@ def texts(count: int, folder: Path) -> dict[str, Any]:
             asked, said = (" ".join(dice.choices(words, k=5)) for _ in range(2))
             turns = [{"role": "user", "content": f"{asked}?"},
                      {"role": "assistant", "content": f"{said}."}]  # fmt: skip
-            file.write(json.dumps({"messages": turns}) + "\n")
+            row = {"messages": turns} if kind == "conversations" else {"text": f"{asked} {said}."}
+            file.write(json.dumps(row) + "\n")
     base = text_toys.save_model(folder / "base")
     return {
         **common(base, folder / "rows.jsonl", folder),

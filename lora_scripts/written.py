@@ -198,6 +198,7 @@ def _cache(config: Config, rows: AnyRows, base: Base) -> int:
     if not (config.shuffle_tags or config.tag_dropout or config.train_text_encoder):
         tokens = _CLIP_TOKENS * config.max_caption_tokens // 75
         captions = (hash(text) for record, _ in rows for text in record.captions)
-        different = len(np.unique(np.fromiter(captions, np.int64))) + 1
+        hashes = np.sort(np.fromiter(captions, np.int64))
+        different = int(np.count_nonzero(hashes[1:] != hashes[:-1])) + 2  # and the empty one
         prompts = different * tokens * base.cross_attention_dim * 4
     return latents + prompts

@@ -7,7 +7,7 @@ Its name is a hash of the rows and of all that turns them into tokens.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,20 +290,30 @@ def split(encoding: Encoding, rows: TextRows, config: TextConfig) -> tuple[Sampl
     The share is drawn by content, so that copies of a row stay on one side, and so do the samples
     of one conversation. Windows of a raw text are drawn one by one.
     """
-    held = np.empty(len(encoding), dtype=bool)
     if config.validation_split:
-        held[:] = _drawn(_units(encoding, rows), len(encoding), config)
-    weights = np.empty(len(encoding))
-    for (_, dataset), own in zip(rows.parts, rows.numbers, strict=True):
-        start, end = np.searchsorted(encoding.rows, (own.start, own.stop))  # they ascend
-        if not config.validation_split:
-            held[start:end] = dataset.role == "validation"
-        weights[start:end] = dataset.weight
+        held = _drawn(_units(encoding, rows), len(encoding), config)
+    else:
+        held = _of_datasets(encoding, rows, [d.role == "validation" for _, d in rows.parts])
     numbers = np.arange(len(encoding), dtype=np.int32)
+    learned, measured = numbers[~held], numbers[held]
+    weights = _of_datasets(encoding, rows, [d.weight for _, d in rows.parts])
+    if weights.strides[0]:  # not the same for all
+        weights = weights[learned]
     return (
-        SampleSet(numbers[~held], weights[~held]),
-        SampleSet(numbers[held], np.ones(int(held.sum()))),
+        SampleSet(learned, weights[: len(learned)]),
+        SampleSet(measured, np.broadcast_to(1.0, len(measured))),
     )
+
+
+def _of_datasets(encoding: Encoding, rows: TextRows, values: Sequence[float]) -> np.ndarray:
+    """Of each sample the value of its dataset; if all have one, in no memory."""
+    if len(set(values)) == 1:
+        return np.broadcast_to(values[0], len(encoding))
+    found = np.empty(len(encoding), np.result_type(*values))
+    for value, own in zip(values, rows.numbers, strict=True):
+        start, end = np.searchsorted(encoding.rows, (own.start, own.stop))  # they ascend
+        found[start:end] = value
+    return found
 
 
 def _drawn(units: Iterator[str], count: int, config: TextConfig) -> np.ndarray:

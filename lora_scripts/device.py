@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -15,21 +15,42 @@ from lora_scripts.errors import user_error
 from lora_scripts.processes import ALONE, Processes
 
 Precision = Literal["no", "fp16", "bf16"]
+Value = TypeVar("Value")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Compute:
-    """A device, the precision of frozen weights and arithmetic, and who else computes."""
+    """A device, the precision of frozen weights and arithmetic, and who else computes.
+
+    Attributes:
+        sharded: Whether the frozen base is spread over the processes (`models/sharding.py`): all of
+            them do the same passes then.
+    """
 
     device: torch.device
     precision: Precision
     processes: Processes = ALONE
+    sharded: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the frozen weights."""
         return DTYPES[self.precision]
+
+    @property
+    def home(self) -> torch.device:
+        """Where a base is read to: the device, or the CPU until it is spread."""
+        return torch.device("cpu") if self.sharded else self.device
+
+    def share(self, items: Sequence[Value]) -> list[tuple[Value, bool]]:
+        """This process's of what is dealt out in turn, each with whether it counts.
+
+        Where all must do as many passes one that has fewer does the first again, for nothing.
+        """
+        own = [(item, True) for item in self.processes.share(items)]
+        lacks = self.sharded and len(own) * self.processes.size < len(items)
+        return [*own, (items[0], False)] if lacks else own
 
     def autocast(self) -> AbstractContextManager[None]:
         """The arithmetic of a forward pass: mixed precision, or plain float32."""
@@ -60,7 +81,9 @@ def determinism(*, on: bool) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fills
 
 
-def choose(device: str, precision: str, processes: Processes = ALONE) -> Compute:
+def choose(
+    device: str, precision: str, processes: Processes = ALONE, *, sharded: bool = False
+) -> Compute:
     """Resolve `auto`: CUDA where there is one; bf16 where it is native, else fp16 or float32.
 
     Of several processes each takes its own card, and all the precision that the first has chosen.
@@ -81,7 +104,7 @@ def choose(device: str, precision: str, processes: Processes = ALONE) -> Compute
     precision = processes.told_by_first(precision)
     match precision:
         case "no" | "fp16" | "bf16":
-            return Compute(chosen, precision, processes)
+            return Compute(chosen, precision, processes, sharded)
         case _:
             raise ValueError(f"precision {precision!r}")
 

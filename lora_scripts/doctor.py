@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from lora_scripts.data.rows import AnyRows
 from lora_scripts.environment import Finding, State
 from lora_scripts.errors import Problem, UserError
 from lora_scripts.logs import silent
+from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
 
 if TYPE_CHECKING:
@@ -184,6 +185,8 @@ def _looked(
 
 def _memory(config: Config, rows: AnyRows) -> Section:
     """What the run will take, by the model's shapes; nothing of a base that is not here yet."""
+    import torch
+
     from lora_scripts import batch_size, device, memory_check
     from lora_scripts.models import hub
 
@@ -192,8 +195,15 @@ def _memory(config: Config, rows: AnyRows) -> Section:
         return Section("Memory", [unknown])
     try:
         compute = device.choose(config.device, config.mixed_precision)
+        said = []
+        if config.distributed == "fsdp":
+            count = max(2, torch.cuda.device_count())
+            several = Processes(size=count, local_size=count)
+            compute = replace(compute, processes=several, sharded=True)
+            said = [f"As one of {count} processes (distributed: fsdp)"]
         settled = batch_size.settle(config, rows, compute, None)
-        return Section("Memory", *memory_check.findings(settled, rows, compute))
+        found, parts = memory_check.findings(settled, rows, compute)
+        return Section("Memory", found, [*said, *parts])
     except UserError as error:
         return Section("Memory", [Finding("memory", f"not known: {error}", state="note")])
 

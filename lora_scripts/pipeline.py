@@ -77,6 +77,7 @@ def _run_here(
         quiet()
     draft = config_file.read(config_path, overrides)
     rows, own = preflight.inputs(draft)
+    own = [*own, *preflight.of_processes(draft, processes)]
     problems = [*hosts.problems(draft, processes), *preflight.of_all(own, processes)]
     try:
         preflight.refuse(problems, draft)
@@ -177,6 +178,8 @@ def _train(
                 telling.interrupted(outcome)
                 return EXIT_INTERRUPTED
             if not processes.is_first:
+                if ready.compute.sharded:
+                    export.follow()
                 return EXIT_DONE
             telling.how_it_ended(config, outcome)
             finished = _finish(ready, config_name, outcome, export)
@@ -230,7 +233,8 @@ def _prepare(config: Config, rows: AnyRows, start: Start, processes: Processes) 
     began = time.time()
     saved = start.checkpoint[1] if start.checkpoint else None
     precision = saved.precision if saved else config.mixed_precision
-    compute = device.choose(config.device, precision, processes)
+    sharded = config.distributed == "fsdp"
+    compute = device.choose(config.device, precision, processes, sharded=sharded)
     automatic = config.batch_size == "auto"
     with processes.in_turn():  # rows of text are tokenised here
         config = batch_size.settle(config, rows, compute, saved.config if saved else None)
@@ -251,9 +255,12 @@ def _prepare(config: Config, rows: AnyRows, start: Start, processes: Processes) 
         with processes.in_turn():
             task.encode(telling.EncodingLog())
         task.attach()
+        if sharded:
+            task.shard(compute)
         seconds = 0.0
         if saved is None:  # a run that goes on has fitted before
-            config, peak = batch_size.tried(task, config, compute, may_shrink=automatic)
+            may_shrink = automatic and not sharded  # all would have to try again
+            config, peak = batch_size.tried(task, config, compute, may_shrink=may_shrink)
             memory_check.after(foretold, peak, config, rows, compute)
             config = batch_size.smallest(config, processes)
             task.batch = config.micro_batch

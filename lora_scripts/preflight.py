@@ -111,6 +111,14 @@ def of_all(own: Sequence[Problem], processes: Processes) -> list[Problem]:
     return result
 
 
+def of_processes(draft: Draft, processes: Processes) -> list[Problem]:
+    """A base that is to be spread over several processes where there is one."""
+    if draft.values.get("distributed") != "fsdp" or processes.size > 1:
+        return []
+    what = "found fsdp, but this is one process: start it with torchrun, or leave this key out"
+    return [Problem(draft.source.where("distributed"), what)]
+
+
 def refuse(problems: Sequence[Problem], draft: Draft) -> None:
     """Stop for errors; with `strict_data` for warnings about the data, too.
 

@@ -18,7 +18,7 @@ from lora_scripts.device import Compute
 from lora_scripts.errors import WorkError
 from lora_scripts.export import files
 from lora_scripts.export.protocol import Finished
-from lora_scripts.models import lora
+from lora_scripts.models import lora, sharding
 from lora_scripts.models.family import ImageFamily
 from lora_scripts.run_files import DIFFUSERS_NAME
 from lora_scripts.schema import ImageConfig
@@ -63,14 +63,17 @@ class ImageExport:
 
     def finish(self, position: Position) -> Finished:
         paths = write_finished(self.task, self.config, self.began, position)
-        reference = reference_output(self.task.family, files.DTYPES[self.config.save_dtype])
-        self.task.release()
-        gc.collect()
-        fresh = build.load_family(
-            build.find_base(self.config.base_model), self.compute, build.options_of(self.config)
-        )
-        difference = check_reload(reference, fresh, self.config.output_dir)
+        reference, found = self._outputs(self.config.output_dir)
+        difference = (found - reference).abs().max().item()
+        if not difference <= TOLERANCE * reference.abs().max().item():
+            raise WorkError(
+                f"{self.config.output_dir}: read back by diffusers it does not give the trained "
+                f"model (outputs differ by {difference:.3g})"
+            )
         return Finished(paths, difference, "diffusers")
+
+    def follow(self) -> None:
+        self._outputs(None)
 
     def card_usage(self) -> str:
         folder = self.config.output_dir.as_posix()
@@ -89,6 +92,22 @@ class ImageExport:
             f"in a WebUI prompt: <lora:{self.config.output_name}:0.8>; "
             f"in diffusers: load_lora_weights({str(self.config.output_dir)!r})"
         ]
+
+    def _outputs(self, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of the trained model, then those of a fresh one with the files of `folder`."""
+        reference = reference_output(self.task.family, files.DTYPES[self.config.save_dtype])
+        components = list(self.task.adapted)
+        self.task.release()
+        gc.collect()
+        fresh = build.load_family(
+            build.find_base(self.config.base_model), self.compute, build.options_of(self.config)
+        )
+        if folder is not None:
+            fresh.load_file(folder)
+        if self.compute.sharded:
+            for component in components:
+                sharding.shard(fresh.units(component), self.compute)
+        return reference, output_on_fixed_inputs(fresh)
 
 
 def metadata(
@@ -177,24 +196,6 @@ def reference_output(family: ImageFamily, dtype: torch.dtype) -> torch.Tensor:
         lora.round_to(module, dtype)
         lora.scale_as_written(module)
     return output_on_fixed_inputs(family)
-
-
-def check_reload(reference: torch.Tensor, fresh: ImageFamily, path: Path) -> float:
-    """Load `path` (a file or the run's folder) on a freshly read model, compare with `reference`.
-
-    Returns the largest difference of the outputs.
-
-    Raises:
-        WorkError: if the file does not give the trained model back.
-    """
-    fresh.load_file(path)
-    difference = (output_on_fixed_inputs(fresh) - reference).abs().max().item()
-    if not difference <= TOLERANCE * reference.abs().max().item():
-        raise WorkError(
-            f"{path}: read back by diffusers it does not give the trained model "
-            f"(outputs differ by {difference:.3g})"
-        )
-    return difference
 
 
 def output_on_fixed_inputs(family: ImageFamily) -> torch.Tensor:

@@ -35,6 +35,12 @@ class Export(Protocol):
             WorkError: if the files do not give the trained model back.
         """
 
+    def follow(self) -> None:
+        """What another process does while the first one finishes: its part of the proof's passes.
+
+        Only where the base is spread over the processes.
+        """
+
     def card_usage(self) -> str:
         """How the files are used: Markdown for the model card."""
 

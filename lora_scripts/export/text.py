@@ -60,11 +60,17 @@ class TextExport:
     def finish(self, position: Position) -> Finished:
         paths = self._write(self.config.output_dir, position)
         paths += save_tokenizer(self.task, self.config.output_dir)
-        reference = self._reference()
-        self.task.release()
-        gc.collect()
-        difference = self._reload(reference)
+        reference, found = self._outputs(self.config.output_dir)
+        difference = (found - reference).abs().max().item()
+        if not difference <= TOLERANCE * reference.abs().max().item():
+            raise WorkError(
+                f"{self.config.output_dir}: read back by PEFT it does not give the trained model "
+                f"(logits differ by {difference:.3g})"
+            )
         return Finished(paths, difference, "PEFT")
+
+    def follow(self) -> None:
+        self._outputs(None)
 
     def card_usage(self) -> str:
         folder, base_model = self.config.output_dir.as_posix(), self.config.base_model
@@ -100,6 +106,13 @@ class TextExport:
             "lora_scripts.finished_at": str(int(time.time())),
         }
 
+    def _outputs(self, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the trained model, then those of a fresh one with the files of `folder`."""
+        reference = self._reference()
+        self.task.release()
+        gc.collect()
+        return reference, self._reload(folder)
+
     def _reference(self) -> torch.Tensor:
         """Logits of the trained model, its adapters rounded to the file's precision."""
         model = self.task.base.model
@@ -107,18 +120,13 @@ class TextExport:
         with packing.attention(model, self.task.own_attention), self.compute.autocast():
             return causal_lm.probe(model.eval())
 
-    def _reload(self, reference: torch.Tensor) -> float:
-        folder = self.config.output_dir
-        fresh = build.load_text(self.config, self.compute)
-        adapted = lora.with_adapters(fresh.model, [(folder, 1.0)])
+    def _reload(self, folder: Path | None) -> torch.Tensor:
+        fresh = build.load_text(self.config, self.compute).model
+        adapted = lora.with_adapters(fresh, [(folder, 1.0)]) if folder else fresh
+        if self.compute.sharded:
+            causal_lm.shard(fresh, self.compute)
         with self.compute.autocast():
-            difference = (causal_lm.probe(adapted) - reference).abs().max().item()
-        if not difference <= TOLERANCE * reference.abs().max().item():
-            raise WorkError(
-                f"{folder}: read back by PEFT it does not give the trained model "
-                f"(logits differ by {difference:.3g})"
-            )
-        return difference
+            return causal_lm.probe(adapted)
 
 
 def save_tokenizer(task: LanguageTask, folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ COSTS = {
     "gradient_checkpointing": "about 1.4 times the time",
     "mixed_precision": "the frozen model in 16 bits",
     "quantization": "the frozen model in 4 bits",
+    "distributed": "each process holds a share of the frozen model",
     "max_seq_length": "longer rows are cut",
     "resolution": "less detail is learned",
 }
@@ -84,6 +85,9 @@ def ladders(config: Config, compute: Compute) -> list[list[Keys]]:
     most = [{**keys, **batch} for keys in thrifty or [{}] for batch in smaller] or thrifty
     strongest: Keys = most[-1] if most else {}
     found = [smaller, [*thrifty, *most] if thrifty else []]
+    found.append(
+        [{**keys, **more} for keys in _sharded(config, compute) for more in ({}, *most[-1:])]
+    )
     coarse = _coarser(config, compute)
     found += [[keys, *({**keys, **more} for more in (*thrifty, *most[-1:]))] for keys in coarse]
     lowest = {**(coarse[-1] if coarse else {}), **strongest}
@@ -128,6 +132,8 @@ def _fitting(
     """A change if the run fits with it."""
     if "mixed_precision" in keys:
         compute = replace(compute, precision=keys["mixed_precision"])
+    if "distributed" in keys:
+        compute = replace(compute, sharded=True)
     found = foretell(config.model_copy(update=dict(keys)), rows, compute)
     if not fits(found, room):
         return None
@@ -142,13 +148,25 @@ def _batch(number: int, effective: int) -> dict[str, int]:
     return {"batch_size": number, "gradient_accumulation_steps": effective // number}
 
 
+def _sharded(config: Config, compute: Compute) -> list[Keys]:
+    """The frozen weights spread over the processes, if there are several."""
+    quantized = isinstance(config, TextConfig) and config.quantization is not None
+    may = compute.processes.size > 1 and not compute.sharded and not quantized
+    return [{"distributed": "fsdp"}] if may else []
+
+
 def _coarser(config: Config, compute: Compute) -> list[Keys]:
     """The frozen weights in fewer bits."""
     found: list[Keys] = []
     if compute.precision == "no":
         found.append({"mixed_precision": "bf16"})
     on_card = compute.device.type == "cuda"
-    if isinstance(config, TextConfig) and config.quantization is None and on_card:
+    if (
+        isinstance(config, TextConfig)
+        and config.quantization is None
+        and on_card
+        and not compute.sharded
+    ):
         found.append({"quantization": "nf4"})
     return found
 

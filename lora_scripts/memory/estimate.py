@@ -8,7 +8,7 @@ from typing import Literal
 
 Place = Literal["gpu", "ram"]
 # parts that come and go within a phase
-PASSING = ("activations", "logits", "gaps", "copies at work")
+PASSING = ("activations", "logits", "gathered weights", "gaps", "copies at work")
 STEP = "training step"  # the name of the phase that a micro-step measures
 
 

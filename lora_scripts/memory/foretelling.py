@@ -22,7 +22,7 @@ from lora_scripts.memory.heaviest import Pictures
 from lora_scripts.memory.imagined import Trace
 from lora_scripts.memory.optimizers import FLOAT, state_bytes
 from lora_scripts.memory.tracker import bytes_of, tensors_of
-from lora_scripts.models import lora
+from lora_scripts.models import causal_lm, lora, sharding
 from lora_scripts.schema import Config, ImageConfig, TextConfig
 
 # names of phases
@@ -32,6 +32,7 @@ MB = 10**6
 AT_WORK = {"no": 45 * MB, "bf16": 60 * MB, "fp16": 60 * MB}
 CUDA_CONTEXT = 600 * MB  # of a process on the card before its first tensor
 CUDA_LIBRARIES = 1200 * MB  # in RAM
+ARRIVING = 2  # times the weights of a block: as they arrive, and as they are used
 CARD_GAPS = 0.08  # of what is alive, lost between blocks in PyTorch's allocator
 
 
@@ -70,6 +71,7 @@ class Found:
         adapters: The trained parameters by name, for their shapes.
         step: A micro-step.
         passes: Further phases by name, with what comes and goes in them.
+        largest: Of parts that are spread over the processes, what is gathered of each at once.
     """
 
     batch: str
@@ -79,6 +81,7 @@ class Found:
     adapters: Mapping[str, torch.Tensor]
     step: Trace
     passes: Mapping[str, Trace]
+    largest: Mapping[str, int]
 
 
 def _images(config: ImageConfig, rows: AnyRows, compute: Compute) -> Found:
@@ -110,6 +113,11 @@ def _images(config: ImageConfig, rows: AnyRows, compute: Compute) -> Found:
         adapters=_adapters(fake.parts),
         step=step,
         passes=passes,
+        largest={
+            name: sharding.largest(fake.family.units(name))
+            for name, part in fake.parts.items()
+            if compute.sharded and lora.trainable(part)
+        },
     )
 
 
@@ -145,6 +153,9 @@ def _texts(config: TextConfig, rows: AnyRows, compute: Compute) -> Found:
         adapters=_adapters({"model": fake.model}),
         step=step,
         passes=passes,
+        largest=(
+            {"model": sharding.largest(causal_lm.units(fake.model))} if compute.sharded else {}
+        ),
     )
 
 
@@ -167,7 +178,7 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
         "imports": imports + CUDA_LIBRARIES * on_card,
         "libraries at work": AT_WORK[compute.precision],
     }
-    weights = {f"{name} weights": size for name, size in found.weights.items()}
+    weights = {f"{name} weights": size for name, size in _held(found, compute).items()}
     there = {f"{name} weights" for name in found.on_card} if on_card else set()
     gpu = {"CUDA itself": CUDA_CONTEXT} if on_card else {}
     gpu |= {name: size for name, size in weights.items() if name in there}
@@ -185,7 +196,11 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
         stay = {label: size for label, size in ram.items() if label not in guests}
         return Phase(name, {**gpu, **guests, **parts}, stay)
 
-    phases = [_loading("loading", found, always, gpu, there)]
+    gathered = {}
+    if found.largest:
+        gathered = {"gathered weights": ARRIVING * max(found.largest.values())}
+    read = _read(found, compute), always, gpu, there - {f"{part} weights" for part in found.largest}
+    phases = [_loading("loading", found, *read)]
     if ENCODING in found.passes:
         trace = found.passes[ENCODING]
         parts = _passing(trace, {}, on_card, _growth(trace).total)
@@ -193,19 +208,37 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
         if on_card:
             readers = [part for part in found.weights if part.startswith("text")]
             phases.append(phase(CAPTIONS, {}, readers))
-    step = _passing(found.step, trained, on_card, grown.total - sum(states))
+    step = gathered | _passing(found.step, trained, on_card, grown.total - sum(states))
     phases.append(phase(STEP, step))
     if SAMPLES in found.passes:
         trace = found.passes[SAMPLES]
         own = _growth(trace)
         kept = max(grown.kept - sum(states), own.kept) + own.mapped
         guests = ["vae"] if "vae" in found.weights else []
-        phases.append(phase(SAMPLES, _passing(trace, trained, on_card, kept), guests))
-    export = _loading("export", found, always, gpu, there)
+        parts = gathered | _passing(trace, trained, on_card, kept)
+        phases.append(phase(SAMPLES, parts, guests))
+    export = _loading("export", found, *read)
     copies = {"adapters and their copies": 3 * trained["adapters"]}
     phases.append(Phase("export", export.gpu, {**export.ram, **copies}))
     later = {name: size for name, size in trained.items() if name != "adapters"}
     return Estimate(phases, found.batch, later)
+
+
+def _held(found: Found, compute: Compute) -> dict[str, int]:
+    """Bytes of each part's weights that this process holds while it trains."""
+    count = compute.processes.size
+    return {n: size // count if n in found.largest else size for n, size in found.weights.items()}
+
+
+def _read(found: Found, compute: Compute) -> dict[str, int]:
+    """The same while they are read. Parts to be spread are the files' own pages, if these hold
+    them in the run's precision, and all processes of a machine share those.
+    """
+    count = compute.processes.local_size
+    return {
+        n: size // count if n in found.largest and not found.files[n] else size
+        for n, size in found.weights.items()
+    }
 
 
 def _growth(trace: Trace) -> Growth:
@@ -247,6 +280,7 @@ def _passing(trace: Trace, lasting: Mapping[str, int], on_card: bool, grown: int
 def _loading(
     name: str,
     found: Found,
+    weights: Mapping[str, int],
     always: Mapping[str, int],
     gpu: Mapping[str, int],
     there: set[str],
@@ -254,7 +288,7 @@ def _loading(
     """The parts come one after the other; while one is read, its files are mapped beside it."""
     most: dict[str, int] = {}
     so_far: dict[str, int] = {}
-    for part, size in found.weights.items():
+    for part, size in weights.items():
         label = f"{part} weights"
         so_far[label] = size
         during = {**so_far, f"{part} files": found.files[part]}

@@ -20,7 +20,7 @@ from torch import nn
 from lora_scripts.device import Compute
 from lora_scripts.errors import user_error
 from lora_scripts.files import file_hash
-from lora_scripts.models import foreign
+from lora_scripts.models import foreign, sharding
 from lora_scripts.models.text_signature import TextSignature
 
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_)?(?:attn|attention)\.")  # the block around a layer
@@ -191,7 +191,7 @@ def _load_model(
         case "chatglm":
             from lora_scripts.models import chatglm
 
-            return chatglm.load(found.path, dtype).to(compute.device)
+            return chatglm.load(found.path, dtype).to(compute.home)
         case "gguf":
             silent = redirect_stderr(io.StringIO())  # a progress bar that cannot be switched off
             with _gguf_reading(found.path), silent:
@@ -201,7 +201,7 @@ def _load_model(
                     quantization_config=GgufConfig(dequantize=True),
                     dtype=dtype,
                 )
-            return model.to(compute.device)
+            return model.to(compute.home)
         case "transformers":
             _check_known(found, trust_remote_code)
             packed = _bitsandbytes(quantization, compute)
@@ -209,7 +209,7 @@ def _load_model(
                 model, facts = AutoModelForCausalLM.from_pretrained(
                     found.path,
                     dtype=dtype,
-                    device_map={"": compute.device},
+                    device_map={"": compute.home},
                     trust_remote_code=trust_remote_code,
                     quantization_config=packed,
                     output_loading_info=True,
@@ -309,13 +309,18 @@ def _ends(path: str, name: str) -> bool:
 
 def _in_blocks(model: Any) -> Iterable[tuple[str, nn.Module]]:
     """Every module of the text decoder's blocks, with its full path."""
+    blocks = _blocks(model)
+    prefix = next(path for path, module in model.named_modules() if module is blocks)
+    return [(f"{prefix}.{path}", module) for path, module in blocks.named_modules() if path]
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    """The text decoder's blocks."""
     decoder = model.get_decoder()
     count = model.config.get_text_config().num_hidden_layers
-    paths = {module: path for path, module in model.named_modules()}
     for child in decoder.modules():
         if isinstance(child, nn.ModuleList) and len(child) == count:
-            prefix = paths[child]
-            return [(f"{prefix}.{path}", module) for path, module in child.named_modules() if path]
+            return child
     raise user_error("base_model", f"no list of {count} blocks was found in {type(decoder)}")
 
 
@@ -335,6 +340,22 @@ def _skipped(model: Any) -> Iterable[str]:
                 yield f"{name}.{parameter} (all experts in one weight of {value.ndim} dimensions)"
         if isinstance(module, nn.Conv1d):
             yield f"{name} (a convolution)"
+
+
+def units(model: Any) -> list[nn.Module]:
+    """What is gathered at once where a model is spread: a block, embeddings, head, the rest."""
+    decoder = model.get_decoder()
+    return [*_blocks(model), model.get_input_embeddings(), model.get_output_embeddings(), decoder]
+
+
+def shard(model: Any, compute: Compute) -> None:
+    """Spread the frozen weights over the processes; embeddings that are the head stay so."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embeddings.weight
+    sharding.shard(units(model), compute)
+    if tied:
+        head.weight = embeddings.weight
+    model.to(compute.device)  # what is neither decoder nor head
 
 
 def checkpoint_gradients(model: Any) -> None:
@@ -369,6 +390,7 @@ def generate(
             do_sample=temperature > 0,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
+            synced_gpus=sharding.is_sharded(model),  # none ends before the others do
             streamer=None if stream is None else _Streamer(tokenizer, stream),
             **({"temperature": temperature} if temperature > 0 else {}),
         )

@@ -130,6 +130,11 @@ class ImageFamily(Protocol):
     def checkpoint_gradients(self) -> None:
         """Keep fewer activations of the adapted modules, compute them again in the backward."""
 
+    def units(self, component: str) -> Sequence[nn.Module]:
+        """What is gathered at once of a module that is spread over processes: all of it, in parts.
+
+        Each before the one that it stands in; they must be used by calling them."""
+
     def probe(self) -> torch.Tensor:
         """Outputs of denoiser and text encoders on small fixed inputs, flat: to compare models."""
 

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lora_scripts.models import sharding
+
 LOGITS_AT_ONCE = 2**23  # numbers; 32 MiB in float32
 PROBE_LENGTH = 5  # tokens
 TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 1e-2  # of the largest logit: rounding only
@@ -68,12 +70,13 @@ def loss(
     head = model.get_output_embeddings()
     kind = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-    total: torch.Tensor = _InParts.apply(  # type: ignore[no-untyped-call]
-        hidden_ND.to(dtype),
-        head.weight.to(dtype),
-        None if head.bias is None else head.bias.to(dtype),
-        learned.targets_N,
-    )
+    with sharding.gathered(head):
+        total: torch.Tensor = _InParts.apply(  # type: ignore[no-untyped-call]
+            hidden_ND.to(dtype),
+            head.weight.to(dtype),
+            None if head.bias is None else head.bias.to(dtype),
+            learned.targets_N,
+        )
     return total
 
 
@@ -96,7 +99,7 @@ def may_come_in_parts(model: Any) -> bool:
 def looks_plain(model: Any) -> bool:
     """The same as far as classes and settings tell; the weights need not be there."""
     head, decoder = model.get_output_embeddings(), model.get_decoder()
-    if type(head) is not nn.Linear or head.weight.requires_grad or decoder in (None, model):
+    if not isinstance(head, nn.Linear) or head.weight.requires_grad or decoder in (None, model):
         return False
     settings = model.config.get_text_config()
     return all(getattr(settings, name, None) in (None, plain) for name, plain in _CHANGED_BY)

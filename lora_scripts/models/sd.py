@@ -64,7 +64,7 @@ class StableDiffusion:
         unet: UNet2DConditionModel = parts["unet"]
         text_encoder: CLIPTextModel = parts["text_encoder"]
         self.name = name
-        self.unet = unet.to(compute.device).requires_grad_(False).eval()
+        self.unet = unet.to(compute.home).requires_grad_(False).eval()
         self.vae: AutoencoderKL = latents.prepare(parts["vae"])
         self.text_encoder = text_encoder.float().requires_grad_(False).eval()
         self.tokenizer: CLIPTokenizer = parts["tokenizer"]
@@ -160,6 +160,9 @@ class StableDiffusion:
         self.unet.enable_gradient_checkpointing()
         self.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
+    def units(self, component: str) -> Sequence[nn.Module]:
+        return unet_layers.units(self.adapted[component])
+
     def probe(self) -> torch.Tensor:
         source = torch.Generator().manual_seed(0)
         side, config = self.probe_side, self.unet.config
@@ -222,7 +225,7 @@ class StableDiffusion:
 
     def _try_out(self) -> Prediction | None:
         """What the UNet predicts, by its answer to pure noise and an empty prompt."""
-        device = self.compute.device
+        device = self.unet.device
         embedding_SD = self.encode_prompt("")["embedding"].to(device)
         conditioning = {"embedding": torch.stack([embedding_SD] * 2)}
         timesteps_B = torch.full((2,), self.last_timestep, device=device)

@@ -63,7 +63,7 @@ class StableDiffusionXL:
         zeros_for_empty: bool,
     ) -> None:
         unet: UNet2DConditionModel = parts["unet"]
-        self.unet = unet.to(compute.device).requires_grad_(False).eval()
+        self.unet = unet.to(compute.home).requires_grad_(False).eval()
         self.vae: AutoencoderKL = latents.prepare(parts["vae"])
         self.text_encoder = parts["text_encoder"].float().requires_grad_(False).eval()
         self.text_encoder_2 = parts["text_encoder_2"].float().requires_grad_(False).eval()
@@ -191,6 +191,9 @@ class StableDiffusionXL:
         for text_encoder in (self.text_encoder, self.text_encoder_2):
             text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
+    def units(self, component: str) -> Sequence[nn.Module]:
+        return unet_layers.units(self.adapted[component])
+
     def probe(self) -> torch.Tensor:
         source = torch.Generator().manual_seed(0)
         side, config = self.probe_side, self.unet.config
@@ -265,7 +268,7 @@ class StableDiffusionXL:
 
     def _try_out(self) -> Prediction | None:
         """What the UNet predicts, by its answer to pure noise and an empty prompt."""
-        device = self.compute.device
+        device = self.unet.device
         size = (self.native_size, self.native_size)
         row = self.encode_prompt("") | self.frame(Framing(size, (0, 0), size))
         conditioning = {

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from transformers.models.clip.modeling_clip import (
+    CLIPEncoder,
+    CLIPEncoderLayer,
+    CLIPTextEmbeddings,
+)
 
 from lora_scripts.errors import user_error
 from lora_scripts.models.clip_text import MASK
@@ -63,6 +70,25 @@ def targets(
         component: [path for path in paths if any(_ends(path, name) for name in chosen)]
         for component, paths in layers.items()
     }
+
+
+def units(module: nn.Module) -> list[nn.Module]:
+    """What is gathered at once where a UNet or text encoder is spread, each before what holds it.
+
+    A text encoder as a whole is none: FSDP gives a unit a class of its own, and transformers would
+    not know which states to collect of that.
+    """
+    kinds = (
+        UNet2DConditionModel, BasicTransformerBlock, ResnetBlock2D,
+        CLIPEncoder, CLIPEncoderLayer, CLIPTextEmbeddings,
+    )  # fmt: skip
+    names = ("final_layer_norm", "text_projection")
+    parts = [
+        part
+        for path, part in module.named_modules()
+        if isinstance(part, kinds) or path.rpartition(".")[2] in names
+    ]
+    return parts[::-1]
 
 
 def denoise(

@@ -112,6 +112,10 @@ class CommonConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where there is one."
     )
+    distributed: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="Several processes: each holds the frozen base (ddp), or a share of it (fsdp).",
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="Every random choice follows from it.")
     deterministic: bool = Field(
         False, description="Slower on cards: two runs, resumed or not, are equal to the last bit."

@@ -41,6 +41,8 @@ def misfits_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     gguf = isinstance(base_model, str) and base_model.lower().endswith(".gguf")
     if gguf and values.get("quantization"):
         yield "quantization", "not on a .gguf file, which is dequantised; name the original model"
+    if values.get("quantization") and values.get("distributed") == "fsdp":
+        yield "distributed", "fsdp cannot spread weights of 4 or 8 bits: leave out quantization"
     yield from _of_pictures(values)
     yield from _of_training(values)
 

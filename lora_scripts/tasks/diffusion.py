@@ -20,9 +20,10 @@ from lora_scripts.data import cache
 from lora_scripts.data.images import Gathered
 from lora_scripts.data.pictures import Picture
 from lora_scripts.data.views import PictureSet
+from lora_scripts.device import Compute
 from lora_scripts.errors import Problem, UserError, user_error
 from lora_scripts.files import file_hash
-from lora_scripts.models import lora, lora_file
+from lora_scripts.models import lora, lora_file, sharding
 from lora_scripts.models.family import Conditioning, DrawRequest, ImageFamily
 from lora_scripts.randomness import generator, seed_of
 from lora_scripts.schema import ImageConfig, SamplePrompt
@@ -125,6 +126,10 @@ class DiffusionTask:
             start_from(self.config.init_lora, self.adapted, finished)
         if self.config.gradient_checkpointing:
             self.family.checkpoint_gradients()
+
+    def shard(self, compute: Compute) -> None:
+        for component in self.adapted:
+            sharding.shard(self.family.units(component), compute)
 
     def encode(self, progress: Progress) -> None:
         """Encode every picture and caption that is to be cached and is not in the cache yet."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_scripts.data import cache, samples, text
 from lora_scripts.data.chat import ChatFormat
+from lora_scripts.device import Compute
 from lora_scripts.models import causal_lm, head, lora, packing
 from lora_scripts.models.causal_lm import CausalLM
 from lora_scripts.models.head import Learned
@@ -109,6 +110,9 @@ class LanguageTask:
             start_from(self.config.init_lora, self.adapted, {"model": finished})
         if self.config.gradient_checkpointing:
             causal_lm.checkpoint_gradients(self.base.model)
+
+    def shard(self, compute: Compute) -> None:
+        causal_lm.shard(self.base.model, compute)
 
     def plan(self, key: Key) -> Sequence[Indices]:
         if key.split == "validation":

@@ -10,6 +10,8 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
+from lora_scripts.device import Compute
+
 Split = Literal["train", "validation"]
 Indices = tuple[int, ...]  # the samples of one micro-batch
 Batch = Mapping[str, Any]
@@ -65,6 +67,9 @@ class Task(Protocol):
     @property
     def held_out(self) -> bool:
         """Whether the validation split is data that is not learned from."""
+
+    def shard(self, compute: Compute) -> None:
+        """Leave each process its share of the frozen weights; every loss takes all of them then."""
 
     def plan(self, key: Key) -> Sequence[Indices]:
         """The order of all micro-batches of an epoch. Pure, cheap; its length gives the steps."""

@@ -16,12 +16,13 @@ def held_out_loss(task: Task, seed: int, compute: Compute) -> float:
     key = Key(seed, "validation", 0)
     total, count = 0.0, 0.0
     with torch.no_grad():
-        for indices in compute.processes.share(task.plan(key)):
+        for indices, counts in compute.share(task.plan(key)):
             batch = to_device(task.load(indices, key), compute.device)
             with compute.autocast():
                 loss = task.loss(batch, key)
-            total += loss.total.item()
-            count += loss.count
+            if counts:
+                total += loss.total.item()
+                count += loss.count
     sums = torch.tensor([total, count], dtype=torch.float64)
     compute.processes.add_up(sums)
     return float(sums[0] / sums[1])

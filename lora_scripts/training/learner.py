@@ -148,12 +148,17 @@ class Learner:
         """
         total = torch.zeros((), device=self.compute.device)
         count, tallies = 0.0, Counter[str]()
-        own = step.share(self.compute.processes)
+        own = step.share(self.compute)
+        if self.compute.sharded:  # within a step all wait for each other: none may still be saving
+            self.compute.processes.wait()
         with self.compute.processes.part_of_step():
-            for (seen, _), batch in zip(own, batches, strict=True):
-                with seeded_dropout(self.config, seen, self.compute), self.compute.autocast():
+            for part, batch in zip(own, batches, strict=True):
+                with seeded_dropout(self.config, part.seen, self.compute), self.compute.autocast():
                     loss = self.task.loss(to_device(batch, self.compute.device), step.key)
-                torch.autograd.backward(self.scaler.scale(loss.total * TOTAL_SCALE))
+                scale = TOTAL_SCALE * part.counts
+                torch.autograd.backward(self.scaler.scale(loss.total * scale))
+                if not part.counts:
+                    continue
                 total += loss.total.detach()
                 count += loss.count
                 tallies.update(loss.tallies)

@@ -85,7 +85,7 @@ def train(
                 with clock.time("evaluation"):
                     loss = held_out_loss(task, config.seed, compute)
                 log.evaluation(step, loss)
-            if sampling and processes.is_first:
+            if sampling and (processes.is_first or compute.sharded):
                 with clock.time("samples"):
                     log.samples(step, task.sample(Key(config.seed, "validation", 0)))
         return loss
@@ -101,7 +101,7 @@ def train(
         todo = (
             () if done else steps.remaining(task, config, learner.position, total_steps, processes)
         )
-        for step, batches in steps.prefetched(task, todo, processes):
+        for step, batches in steps.prefetched(task, todo, compute):
             switch(task, training=True)
             with clock.time("step"):
                 taken = learner.take(step, batches, stopped.is_set)

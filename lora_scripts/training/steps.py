@@ -9,12 +9,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from lora_scripts.device import Compute
 from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Batch, Indices, Key, Task
 from lora_scripts.training.checkpoint import Position
 
 PREFETCHED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch as a process takes it.
+
+    Attributes:
+        seen: How many samples the run has seen before it.
+        counts: Whether it is learned from; else it is only gone through, beside another process.
+    """
+
+    seen: int
+    indices: Indices
+    counts: bool
 
 
 @dataclass(frozen=True)
@@ -26,11 +41,12 @@ class Step:
     after: Position
     ends_epoch: bool
 
-    def share(self, processes: Processes) -> Sequence[tuple[int, Indices]]:
-        """A process's micro-batches, each with how many samples the run has seen before it."""
+    def share(self, compute: Compute) -> list[Part]:
+        """A process's micro-batches."""
         first = self.after.samples - sum(map(len, self.micro_batches))
         seen = accumulate(map(len, self.micro_batches), initial=first)
-        return processes.share(list(zip(seen, self.micro_batches, strict=False)))
+        parts = list(zip(seen, self.micro_batches, strict=False))
+        return [Part(*part, counts) for part, counts in compute.share(parts)]
 
 
 def at_once(config: Config, processes: Processes) -> int:
@@ -72,14 +88,14 @@ def remaining(
 
 
 def prefetched(
-    task: Task, steps: Iterable[Step], processes: Processes
+    task: Task, steps: Iterable[Step], compute: Compute
 ) -> Iterator[tuple[Step, Iterator[Batch]]]:
     """Each step with this process's batches, read in a thread a few ahead of their use."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
         for step in steps:
-            own = step.share(processes)
-            futures = [pool.submit(task.load, indices, step.key) for _, indices in own]
+            own = step.share(compute)
+            futures = [pool.submit(task.load, part.indices, step.key) for part in own]
             waiting.append((step, futures))
             while sum(len(futures) for _, futures in waiting) > PREFETCHED_BATCHES:
                 yield _results(waiting.popleft())

@@ -129,11 +129,11 @@ def test_a_file_that_does_not_give_the_model_back_fails_the_run(
 
     original = export.TextExport._reload
 
-    def spoilt(self: export.TextExport, reference: torch.Tensor) -> float:
+    def spoilt(self: export.TextExport, folder: Path | None) -> torch.Tensor:
         path = self.config.output_dir / "adapter_model.safetensors"
         tensors = load_file(path)
         save_file({name: 1.05 * tensor for name, tensor in tensors.items()}, path)
-        return original(self, reference)
+        return original(self, folder)
 
     monkeypatch.setattr(export.TextExport, "_reload", spoilt)
     base = text_toys.save_model(tmp_path / "base")

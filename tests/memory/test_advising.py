@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lora_scripts.device import Compute
 from lora_scripts.memory import Estimate, Phase, Room, advice, foretell, largest_batch
 from lora_scripts.memory.advising import ladders, refuse_or_warn
+from lora_scripts.processes import Processes
 from tests import runs, text_toys, toys
 from tests.memory.test_foretelling import prepared
 
@@ -96,6 +98,17 @@ def test_ladders_go_from_what_costs_nothing_to_what_changes_what_is_learned(
     assert coarse[0] == {"quantization": "nf4"}
     assert shorter == [{"quantization": "nf4", "gradient_checkpointing": True,
                         "max_seq_length": 128}]  # fmt: skip
+
+
+def test_several_processes_are_told_to_spread_the_base(texts: Path) -> None:
+    text, _ = text_run_of(texts, batch_size=1)
+    several = Compute(torch.device("cuda"), "bf16", Processes(0, 2))
+    _, spread, coarse, _ = ladders(text, several)
+    assert spread[0] == {"distributed": "fsdp"}
+    assert coarse[0] == {"quantization": "nf4"}
+    already = replace(several, sharded=True)
+    changes = [keys for ladder in ladders(text, already) for keys in ladder]
+    assert changes and all({"distributed", "quantization"}.isdisjoint(keys) for keys in changes)
 
 
 def test_the_largest_batch_keeps_the_samples_of_a_step(texts: Path) -> None:

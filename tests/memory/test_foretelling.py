@@ -14,6 +14,7 @@ from lora_scripts.memory import Estimate, Phase, foretell
 from lora_scripts.memory.tracker import bytes_of, tensors_of
 from lora_scripts.models import lora
 from lora_scripts.preflight import inputs
+from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
 from tests import runs, text_toys, toys
 
@@ -105,6 +106,26 @@ def test_what_training_keeps_is_named(tmp_path: Path, base: Path, pictures: Path
     adapters = step_of(estimate).ram["adapters"]
     assert estimate.later == {"gradients": adapters, "optimizer": adapters, "average": adapters}
     assert step_of(estimate).ram["gradients"] == adapters
+
+
+def test_a_spread_base_is_a_share_of_it_and_the_block_at_work_twice(
+    tmp_path: Path, base: Path, pictures: Path, text_base: Path, texts: Path
+) -> None:
+    spread = Compute(torch.device("cpu"), "no", Processes(0, 4), sharded=True)
+    values = runs.text_values(text_base, texts, tmp_path)
+    whole = step_of(told(tmp_path, values)).ram
+    parts = step_of(told(tmp_path, values, spread)).ram
+    assert parts["model weights"] == whole["model weights"] // 4
+    model = text_toys.model("llama")
+    pieces = [*model.model.layers, model.model.embed_tokens]
+    assert parts["gathered weights"] == 2 * max(bytes_of(p.parameters()) for p in pieces)
+    assert "gathered weights" not in {name for name, size in whole.items() if size}
+    values = runs.values(base, pictures, tmp_path)
+    whole = step_of(told(tmp_path, values)).ram
+    parts = step_of(told(tmp_path, values, spread)).ram
+    assert parts["unet weights"] == whole["unet weights"] // 4
+    assert parts["vae weights"] == whole["vae weights"]
+    assert 0 < parts["gathered weights"] < whole["unet weights"]
 
 
 def test_rows_decide_by_their_real_lengths(tmp_path: Path, text_base: Path, texts: Path) -> None:

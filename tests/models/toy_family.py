@@ -151,6 +151,9 @@ class ToyFamily:
     def checkpoint_gradients(self) -> None:
         raise user_error("gradient_checkpointing", "found true; this model has no need of it")
 
+    def units(self, component: str) -> Sequence[nn.Module]:
+        return [self.adapted[component]]
+
     def probe(self) -> torch.Tensor:
         device, source = self.compute.device, torch.Generator().manual_seed(0)
         noisy_BCHW = torch.randn(1, 3, 8, 8, generator=source).to(device)

@@ -1,0 +1,68 @@
+"""The frozen base spread over the processes of a run, so that each holds a share (torch's FSDP2).
+
+Before a block computes its weights are gathered from all processes, after it they are let go, and
+so again in the backward pass. Every process must therefore do as many passes, in the same order.
+What is trained lies outside of it, whole in each process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lora_scripts.device import Compute
+
+_ADAPTER = "lora_"  # in the name of every parameter of PEFT's
+
+
+def shard(units: Sequence[nn.Module], compute: Compute) -> None:
+    """Keep this process's share of each unit's frozen weights, on the device; adapters go there.
+
+    `units`: what is gathered at once, each before the one that it stands in, which then holds the
+    rest. Must be called by all processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(compute.device.type, (compute.processes.size,))
+    kept = {p for unit in units for name, p in unit.named_parameters() if _ADAPTER in name}
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+    for parameter in kept:
+        parameter.data = parameter.data.to(compute.device)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether passes through a module must be done by all processes together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+@contextmanager
+def gathered(unit: Any) -> Iterator[None]:
+    """A unit's own weights, whole within this context, for what is computed without calling it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(unit, FSDPModule):
+        yield
+        return
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
+
+
+def largest(units: Sequence[nn.Module]) -> int:
+    """Bytes of the frozen weights of the unit that has most, as they are gathered."""
+    known: set[int] = set()
+    sizes = []
+    for unit in units:
+        own = {id(p): p for n, p in unit.named_parameters() if _ADAPTER not in n}
+        sizes.append(sum(p.numel() * p.itemsize for key, p in own.items() if key not in known))
+        known |= own.keys()
+    return max(sizes)

@@ -65,7 +65,8 @@ def learned(modules: list[nn.Module], loss: Callable[[], torch.Tensor]) -> list[
 
 def text(model_type: str, compute: Compute, *, tied: bool, kind: str) -> Any:
     """Outputs of a language model, and the bytes of its weights before and after."""
-    model = text_toys.model(model_type, tie_word_embeddings=tied).to(compute.dtype)
+    without = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # GPT-2's dropout
+    model = text_toys.model(model_type, tie_word_embeddings=tied, **without).to(compute.dtype)
     with_lora(model, causal_lm.targets(model, "linear").adapted, kind)
     if tied:
         causal_lm.checkpoint_gradients(model)
@@ -136,6 +137,7 @@ def main(folder: Path, processes: Processes) -> list[Any]:
     for tied, kind, precision in ((False, "lora", "no"), (True, "dora", "bf16")):
         for name in ("llama", "gemma2", "qwen3_moe"):
             told(f"{name} {kind}", precision, partial(text, name, tied=tied, kind=kind))
+    told("gpt2 lora", "no", partial(text, "gpt2", tied=True, kind="lora"))
     for name, clip_skip, kind in (
         ("sd1", 2, "lora"),
         ("sd2", None, "dora"),

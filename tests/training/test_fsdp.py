@@ -132,7 +132,7 @@ def test_a_spread_model_computes_what_it_did_with_half_its_bytes_in_each(
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
     told = json.loads(found.stdout.splitlines()[-1])
-    assert len(told) == 2 * 9, "each process tells of each model"
+    assert len(told) == 2 * 10, "each process tells of each model"
     for model in told:
         assert model["apart"] <= (ROUNDING if model["model"] in bases else 0), model
         assert model["share"] == pytest.approx(0.5, rel=0.1), model

@@ -53,7 +53,7 @@ def command(
 
 
 def test_the_promised_workflow(tmp_path: Path) -> None:
-    data = toys.save_pictures(tmp_path / "data" / "style_train", count=4, side=512)
+    data = toys.save_pictures(tmp_path / "data" / "style_train", count=2, side=512)
     rows = (data / "metadata.csv").read_text(encoding="utf-8").splitlines()[1:]
     rows[0] = 'img00.png,"cyberpunk cityscape with neon lights"'
     (data / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")

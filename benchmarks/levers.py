@@ -58,10 +58,10 @@ class Lever:
 
 def padded_at_random() -> None:
     """Rows of a padded batch as they come, not of like length."""
-    from lora_scripts.data import text
+    from lora_scripts.data import samples
 
-    grouped = text.batches
-    text.batches = lambda views, size, lengths, *key: grouped(views, size, None, *key)
+    grouped = samples.batches
+    samples.batches = lambda views, size, lengths, *key: grouped(views, size, None, *key)
 
 
 def pefts_layer() -> None:
@@ -94,10 +94,10 @@ def batches_when_needed() -> None:
     """The next batch is read once it is needed."""
     from lora_scripts.training import steps
 
-    def one_by_one(task: Any, todo: Any, processes: Any) -> Iterator[tuple[Any, Iterator[Any]]]:
+    def one_by_one(task: Any, todo: Any, compute: Any) -> Iterator[tuple[Any, Iterator[Any]]]:
         for step in todo:
-            own = step.share(processes)
-            yield step, (task.load(indices, step.key) for _, indices in own)
+            own = step.share(compute)
+            yield step, (task.load(part.indices, step.key) for part in own)
 
     steps.prefetched = one_by_one
 
@@ -201,12 +201,12 @@ def trained(config_path: str) -> dict[str, float]:
     todo = islice(steps.remaining(task, config, learner.position, STEPS, compute.processes), STEPS)
     loop.switch(task, training=True)
     seconds = []
-    for step, batches in steps.prefetched(task, todo, compute.processes):
+    for step, batches in steps.prefetched(task, todo, compute):
         if len(seconds) == WARMING:
             heap.give_back()
             room.forget_peak()
         started = time.perf_counter()
-        learner.take(step, batches)
+        learner.take(step, batches, lambda: False)
         learner.clear()
         samples = sum(len(indices) for indices in step.micro_batches)
         seconds.append((time.perf_counter() - started) / samples)

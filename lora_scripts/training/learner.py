@@ -234,7 +234,8 @@ def gradient_norms(
 
 def _of_norms(norms: Sequence[torch.Tensor]) -> torch.Tensor:
     """The norm of what has these norms."""
-    return torch.linalg.vector_norm(torch.stack(tuple(norms)))
+    found: torch.Tensor = torch.linalg.vector_norm(torch.stack(tuple(norms)))
+    return found
 
 
 def seeded_dropout(

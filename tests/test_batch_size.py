@@ -46,8 +46,10 @@ def test_the_largest_divisor_that_fits(sd_folder: Path, pictures: Path, tmp_path
     for size in (1, 2, 3, 4, 6, 12):
         one = config.model_copy(update={"batch_size": size})
         needs[size] = memory.foretell(one, rows, compute).peak_ram
-    assert sorted(needs.values()) == list(needs.values())
-    for chosen, larger in ((1, 2), (2, 3), (4, 6)):  # there are six pictures
+    *up_to_all, _ = needs.values()  # there are six pictures
+    assert sorted(up_to_all) == up_to_all
+    assert needs[12] == pytest.approx(needs[6], abs=2**20), "but for the process's own size"
+    for chosen, larger in ((1, 2), (2, 3), (4, 6)):
         between = (needs[chosen] + needs[larger]) // 2
         room = Room(ram_total=MANY, ram_free=round(between / 0.9))
         assert memory.largest_batch(config, rows, compute, 12, room) == chosen

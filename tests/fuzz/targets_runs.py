@@ -152,7 +152,8 @@ def _spoil_cache(chance: random.Random, seeds: Sequence[Files]) -> Files:
 def _read_cache(folder: Path) -> None:
     cache = Cache(folder, "latents")
     with redirect_stdout(io.StringIO()):
-        fill(cache, [KEY], lambda key: {"mean": torch.zeros(1)}, lambda done, total: None)
+        entry = (KEY, lambda: {"mean": torch.zeros(1)})
+        fill(cache, lambda: iter([entry]), lambda done, total: None)
     cache.read(KEY)
 
 

@@ -130,7 +130,9 @@ def test_another_number_of_processes_goes_on_with_steps_of_as_many_samples(
     trained(write(tmp_path, "whole", texts, **accumulated(first)), first[0])
     parts = write(tmp_path, "parts", texts, **accumulated(first))
     trained(parts, first[0], "max_train_steps=2")
-    said = trained(parts, then[0], f"{ACCUMULATION}={then[1]}")
+    run = train(parts, then[0], f"{ACCUMULATION}={then[1]}")
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, said + errors
     assert "step-000002" in said
     same(tmp_path / "whole", tmp_path / "parts")
 

@@ -16,6 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests begin first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: "long" not in item.keywords)
+
+
 def pytest_collection_finish() -> None:
     """The libraries are imported and stay: every run's search for garbage need not pass them."""
     gc.collect()

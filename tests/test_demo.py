@@ -83,6 +83,7 @@ def test_the_data_are_80_stencils_and_40_other_names() -> None:
         assert (red - blue).abs().max() <= 8  # black and white
 
 
+@pytest.mark.long
 def test_the_demo_learns_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     prompts = load(Path("configs/demo_image.yaml")).sample_prompts

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -52,6 +53,7 @@ def command(
     )
 
 
+@pytest.mark.long
 def test_the_promised_workflow(tmp_path: Path) -> None:
     data = toys.save_pictures(tmp_path / "data" / "style_train", count=2, side=512)
     rows = (data / "metadata.csv").read_text(encoding="utf-8").splitlines()[1:]

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked
 THREE = ("image, three checkpoints", "text, three checkpoints")
 
 
+@pytest.mark.long
 def test_stopped_runs_and_damaged_checkpoints_end_as_undisturbed_ones() -> None:
     said = harness("soak", "damage", "--rounds", "4", "--seed", "5", "--cases", *THREE)
     assert "soak: 4 runs, " in said and "damage: 4 runs, " in said

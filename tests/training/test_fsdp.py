@@ -23,7 +23,10 @@ from lora_scripts.processes import Processes
 from tests import runs, text_toys
 from tests.training.test_processes import ROOT, TORCHRUN, same, trained, write
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun needs libuv on Windows")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(os.name != "posix", reason="torchrun needs libuv on Windows"),
+]
 
 ROUNDING = 1e-6  # convolutions choose their kernel by where the weights lie
 PROMPTS = ["What is number 3?", {"prompt": "And?", "max_new_tokens": 6, "temperature": 0}]

@@ -1,6 +1,6 @@
 """What each lever of speed and memory brings: training without it and with it, by turns.
 
-    python -m benchmarks.levers [--only NAME …] [--rounds 3] [--folder DIR]
+    python -m benchmarks.levers [--only NAME …] [--cases CASE …] [--rounds 3] [--folder DIR]
 
 Each measurement is a process of its own: load, encode, attach, then optimizer steps through the
 run's own loop over batches (`training.steps`, `training.learner`). Seconds a sample are the median
@@ -135,6 +135,7 @@ HEAD = """\
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(LEVERS), default=list(LEVERS))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
@@ -142,7 +143,7 @@ def main() -> None:
         folder = arguments.folder or Path(name)
         print(HEAD)
         for lever in arguments.only:
-            for case in LEVERS[lever].cases:
+            for case in (c for c in LEVERS[lever].cases if c in arguments.cases):
                 print(line(folder, lever, case, arguments.rounds), flush=True)
 
 

@@ -27,3 +27,13 @@ def last_line(code: str, *arguments: str) -> str:
     if done.returncode != 0:
         raise SystemExit(done.stdout + done.stderr)
     return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def child_of(benchmark: str, *arguments: str) -> str:
+    """Run a benchmark's function `child` in a process of its own; the last line of what it says.
+
+    Raises:
+        SystemExit: as `last_line`.
+    """
+    code = f"import sys\nfrom benchmarks import {benchmark}\n{benchmark}.child(*sys.argv[1:])"
+    return last_line(code, *arguments)

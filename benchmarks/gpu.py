@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import last_line
+from benchmarks.children import child_of
 
 RANK, TOKENS = 16, 2048
 WARMING = 2  # steps that are not counted
@@ -159,15 +159,8 @@ def make_data(folder: Path, keys: Mapping[str, Any]) -> Path:
 
 
 def call(*arguments: str) -> str:
-    """Run this file in a process of its own; the last line of what it says."""
-    return last_line(CHILD, *arguments)
-
-
-CHILD = """
-import sys
-from benchmarks import gpu
-gpu.child(*sys.argv[1:])
-"""
+    """Run `child` in a process of its own; the last line of what it says."""
+    return child_of("gpu", *arguments)
 
 
 # --- in a process of its own ----------------------------------------------------------------------

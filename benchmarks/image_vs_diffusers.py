@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import ROOT, last_line
+from benchmarks.children import ROOT, child_of
 
 DEMO = ROOT / "assets" / "demo"
 OURS = "ours"
@@ -121,15 +121,8 @@ def compare(folder: Path, name: str, arguments: argparse.Namespace) -> None:
 
 
 def call(*arguments: str) -> str:
-    """Run this file in a process of its own; the last line of what it says."""
-    return last_line(CHILD, *arguments)
-
-
-CHILD = """
-import sys
-from benchmarks import image_vs_diffusers
-image_vs_diffusers.child(*sys.argv[1:])
-"""
+    """Run `child` in a process of its own; the last line of what it says."""
+    return child_of("image_vs_diffusers", *arguments)
 
 
 # --- in a process of its own ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import memory_estimate
-from benchmarks.children import last_line
+from benchmarks.children import child_of
 from benchmarks.memory_estimate import Case
 from lora_scripts import allocator
 
@@ -152,7 +152,7 @@ def line(folder: Path, lever: str, case: str, rounds: int) -> str:
     found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for _ in range(rounds):
         for pulled in (False, True):
-            told = json.loads(last_line(CHILD, str(folder), lever, case, json.dumps(pulled)))
+            told = json.loads(child_of("levers", str(folder), lever, case, json.dumps(pulled)))
             found[pulled].append((told["seconds"], told["peak"]))
     (seconds_off, bytes_off), (seconds_on, bytes_on) = (
         [median(values) for values in zip(*found[pulled], strict=True)] for pulled in (False, True)
@@ -165,13 +165,6 @@ def line(folder: Path, lever: str, case: str, rounds: int) -> str:
 
 
 # --- in a process of its own ----------------------------------------------------------------------
-
-
-CHILD = """
-import sys
-from benchmarks import levers
-levers.child(*sys.argv[1:])
-"""
 
 
 def child(folder: str, lever: str, case: str, pulled: str) -> None:

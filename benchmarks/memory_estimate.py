@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import last_line
+from benchmarks.children import child_of
 from lora_scripts import allocator, memory
 from lora_scripts.device import Compute
 from lora_scripts.memory import Estimate, Peak, Phase
@@ -113,15 +113,8 @@ def estimate_of(told: Mapping[str, Any]) -> Estimate:
 
 
 def call(*arguments: str) -> str:
-    """Run this file in a process of its own; the last line of what it says."""
-    return last_line(CHILD, *arguments)
-
-
-CHILD = """
-import sys
-from benchmarks import memory_estimate
-memory_estimate.child(*sys.argv[1:])
-"""
+    """Run `child` in a process of its own; the last line of what it says."""
+    return child_of("memory_estimate", *arguments)
 
 
 def write_config(folder: Path, case: Case, base: Path) -> Path:

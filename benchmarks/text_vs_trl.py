@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import ROOT, last_line
+from benchmarks.children import ROOT, child_of
 
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"  # `make demo-text` fetches it
 LETTERS = ROOT / "assets" / "demo" / "support_dialogues.jsonl"
@@ -119,15 +119,8 @@ def measure(base: Path, work: Path, way: str, seed: int) -> dict[str, float]:
 
 
 def call(*arguments: str) -> str:
-    """Run this file in a process of its own; the last line of what it says."""
-    return last_line(CHILD, *arguments)
-
-
-CHILD = """
-import sys
-from benchmarks import text_vs_trl
-text_vs_trl.child(*sys.argv[1:])
-"""
+    """Run `child` in a process of its own; the last line of what it says."""
+    return child_of("text_vs_trl", *arguments)
 
 
 # --- in a process of its own ----------------------------------------------------------------------

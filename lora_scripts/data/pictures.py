@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 
 from lora_scripts.data.records import Record
-from lora_scripts.data.spool import Values
+from lora_scripts.data.spool import Stored, Values
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -40,31 +40,16 @@ class Picture:
     role: str = "train"
 
 
-class Records(Sequence[Record]):
+class Records(Stored[Record]):
     """The records of a dataset, on disk."""
 
     def __init__(self, records: Iterable[Record], folder: Path | None = None) -> None:
-        """`folder`: where to put files, as `spool.Spool` takes it."""
-        self._values = Values(folder)
+        super().__init__(folder)
         for record in records:
             self._values.append(_value_of(record))
 
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return _record(self._values[index])
-
-    def __iter__(self) -> Iterator[Record]:
-        return map(_record, self._values)
+    def _made(self, value: Any) -> Record:
+        return _record(value)
 
 
 class _Store:

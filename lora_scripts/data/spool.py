@@ -12,15 +12,17 @@ import os
 import shutil
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 IN_MEMORY = 1 << 20  # bytes
 _BLOCK = 1 << 20  # bytes read or written at once
+Item = TypeVar("Item")
 
 
 class Spool:
@@ -142,6 +144,35 @@ class Values(Sequence[Any]):
 
     def _read(self, start: int, end: int) -> Any:
         return json.loads(self._spool.read(start, end).decode("utf-8", "surrogatepass"))
+
+
+class Stored(Sequence[Item], ABC, Generic[Item]):
+    """Things that lie on disk as `Values` and are made again when they are asked for."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """`folder`: where to put files, as `Spool` takes it."""
+        self._values = Values(folder)
+
+    @abstractmethod
+    def _made(self, value: Any) -> Item:
+        """The thing that a value stands for."""
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._made(self._values[index])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self._made, self._values)
 
 
 def table(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | None = None) -> np.ndarray:

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from lora_scripts.device import Compute
-from lora_scripts.errors import WorkError
 from lora_scripts.export import files
-from lora_scripts.export.protocol import Finished
+from lora_scripts.export.protocol import Finished, proved
 from lora_scripts.models import lora, sharding
 from lora_scripts.models.family import ImageFamily
 from lora_scripts.run_files import DIFFUSERS_NAME
@@ -64,12 +63,7 @@ class ImageExport:
     def finish(self, position: Position) -> Finished:
         paths = write_finished(self.task, self.config, self.began, position)
         reference, found = self._outputs(self.config.output_dir)
-        difference = (found - reference).abs().max().item()
-        if not difference <= TOLERANCE * reference.abs().max().item():
-            raise WorkError(
-                f"{self.config.output_dir}: read back by diffusers it does not give the trained "
-                f"model (outputs differ by {difference:.3g})"
-            )
+        difference = proved(reference, found, TOLERANCE, self.config.output_dir, "diffusers")
         return Finished(paths, difference, "diffusers")
 
     def follow(self) -> None:

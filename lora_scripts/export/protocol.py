@@ -1,4 +1,4 @@
-"""What every kind of export offers to the pipeline and to the model card."""
+"""What every kind of export offers to the pipeline and the model card, and how it is proved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from lora_scripts.errors import WorkError
 from lora_scripts.training.checkpoint import Position
 
 
@@ -20,6 +23,28 @@ class Finished:
     paths: Sequence[Path]
     difference: float
     reader: str
+
+
+def proved(
+    reference: torch.Tensor, found: torch.Tensor, tolerance: float, folder: Path, reader: str
+) -> float:
+    """The largest difference of the outputs of a freshly read model from the trained one's.
+
+    Args:
+        reference: What the trained model gives.
+        found: What the fresh one gives with the files of `folder`, read by `reader`.
+        tolerance: Of the largest value of `reference`.
+
+    Raises:
+        WorkError: if they differ by more.
+    """
+    difference = (found - reference).abs().max().item()
+    if not difference <= tolerance * reference.abs().max().item():
+        raise WorkError(
+            f"{folder}: read back by {reader} it does not give the trained model (outputs differ "
+            f"by {difference:.3g})"
+        )
+    return difference
 
 
 class Export(Protocol):

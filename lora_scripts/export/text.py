@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from lora_scripts.device import Compute
-from lora_scripts.errors import WorkError
 from lora_scripts.export import files
-from lora_scripts.export.protocol import Finished
+from lora_scripts.export.protocol import Finished, proved
 from lora_scripts.models import causal_lm, lora, packing
 from lora_scripts.run_files import ADAPTER_NAME
 from lora_scripts.schema import TextConfig
@@ -61,12 +60,7 @@ class TextExport:
         paths = self._write(self.config.output_dir, position)
         paths += save_tokenizer(self.task, self.config.output_dir)
         reference, found = self._outputs(self.config.output_dir)
-        difference = (found - reference).abs().max().item()
-        if not difference <= TOLERANCE * reference.abs().max().item():
-            raise WorkError(
-                f"{self.config.output_dir}: read back by PEFT it does not give the trained model "
-                f"(logits differ by {difference:.3g})"
-            )
+        difference = proved(reference, found, TOLERANCE, self.config.output_dir, "PEFT")
         return Finished(paths, difference, "PEFT")
 
     def follow(self) -> None:

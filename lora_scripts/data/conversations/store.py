@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from lora_scripts.data.reading import Refused
-from lora_scripts.data.spool import Column, Values
+from lora_scripts.data.spool import Column, Stored
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,11 @@ class TextRecord:
     text: str | None = None
 
 
-class TextRecords(Sequence[TextRecord]):
+class TextRecords(Stored[TextRecord]):
     """Records in the order in which they were added, and a hash of what each says."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where to put files, as `Spool` takes it."""
-        self._values = Values(folder)
+        super().__init__(folder)
         self._contents = Column("V32", folder)
 
     @property
@@ -76,33 +75,15 @@ class TextRecords(Sequence[TextRecord]):
         """The numbers of the records of more bytes, as JSON."""
         return self._values.longer_than(size)
 
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @overload
-    def __getitem__(self, index: int) -> TextRecord: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TextRecord]: ...
-
-    def __getitem__(self, index: int | slice) -> TextRecord | list[TextRecord]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return _record(self._values[index])
-
-    def __iter__(self) -> Iterator[TextRecord]:
-        return map(_record, self._values)
+    def _made(self, value: Any) -> TextRecord:
+        where, messages, tools, text = value
+        return TextRecord(where, tuple(messages), tuple(tools), text)
 
     def __eq__(self, other: object) -> bool:
         """As lists are equal."""
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _record(value: Any) -> TextRecord:
-    where, messages, tools, text = value
-    return TextRecord(where, tuple(messages), tuple(tools), text)
 
 
 def digest_of(record: TextRecord) -> bytes:

@@ -19,7 +19,7 @@ from lora_scripts.training import checkpoint, nonfinite, steps
 from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.clock import Clock
 from lora_scripts.training.evaluate import held_out_loss
-from lora_scripts.training.learner import Learner
+from lora_scripts.training.learner import Learner, Taken
 from lora_scripts.training.log import NoLog, RunLog
 from lora_scripts.training.steps import Step
 
@@ -60,58 +60,27 @@ def train(
     processes = compute.processes
     total_steps = steps.count(task, config, processes)
     learner = Learner(task, config, compute, total_steps, start)
-    clock = Clock()
-
-    def save(*, passing: bool) -> None:
-        if not processes.is_first:
-            return
-        log.flush()
-        state, tensors = learner.packed(passing=passing)
-        with clock.time("checkpoint"), learner.average.shown():
-            path = checkpoint.write(
-                folder / CHECKPOINTS,
-                state,
-                tensors,
-                lambda target: write_adapter(target, learner.position),
-                config.save_total_limit,
-            )
-        logger.info("step %d: checkpoint %s", learner.position.step, path)
-
-    def look(*, sampling: bool, measuring: bool) -> float | None:
-        step, loss = learner.position.step, None
-        switch(task, training=False)
-        with learner.average.shown():
-            if measuring:
-                with clock.time("evaluation"):
-                    loss = held_out_loss(task, config.seed, compute)
-                log.evaluation(step, loss)
-            if sampling and (processes.is_first or compute.sharded):
-                with clock.time("samples"):
-                    log.samples(step, task.sample(Key(config.seed, "validation", 0)))
-        return loss
-
     first_step = learner.position.step
     with (
         open_log(folder, first_step, total_steps, task, processes) as log,
         stop_signals() as stopped,
     ):
+        between = _Between(learner, log, Clock(), folder, write_adapter)
         if first_step == 0:
-            look(sampling=True, measuring=True)
+            between.look(sampling=True, measuring=True)
         done = learner.is_done()
         todo = (
             () if done else steps.remaining(task, config, learner.position, total_steps, processes)
         )
         for step, batches in steps.prefetched(task, todo, compute):
             switch(task, training=True)
-            with clock.time("step"):
+            with between.clock.time("step"):
                 taken = learner.take(step, batches, stopped.is_set)
-                number = learner.position.step
-                log.step(number, taken.numbers, learner.tallies, taken.norms)
-                if taken.usable and number % config.histogram_steps == 0:
-                    log.histograms(number, taken.gradients)
+                between.note(taken)
                 learner.clear()
+            number = learner.position.step
             last = number == total_steps
-            measured = look(
+            measured = between.look(
                 sampling=last or number % config.sample_steps == 0,
                 measuring=last or number % config.eval_steps == 0,
             )
@@ -123,7 +92,7 @@ def train(
             # several must stop after the same step: what one was told later is for the next
             stopping = taken.stopping if processes.size > 1 else stopped.is_set()
             if planned or is_best or stopping:
-                save(passing=not planned)
+                between.save(passing=not planned)
             if done or stopping:
                 break
     switch(task, training=False)
@@ -138,8 +107,59 @@ def train(
         learner.best,
         exported,
         learner.tallies[nonfinite.SKIPPED],
-        clock,
+        between.clock,
     )
+
+
+@dataclass(frozen=True)
+class _Between:
+    """What is done between the steps: noting, measuring, drawing, saving."""
+
+    learner: Learner
+    log: RunLog | NoLog
+    clock: Clock
+    folder: Path
+    write_adapter: Callable[[Path, Position], list[Path]]
+
+    def note(self, taken: Taken) -> None:
+        """A step that was taken, its gradients still there."""
+        number = self.learner.position.step
+        self.log.step(number, taken.numbers, self.learner.tallies, taken.norms)
+        if taken.usable and number % self.learner.config.histogram_steps == 0:
+            self.log.histograms(number, taken.gradients)
+
+    def look(self, *, sampling: bool, measuring: bool) -> float | None:
+        """Held-out loss and samples of what was learned so far. Returns the loss, if measured."""
+        learner, loss = self.learner, None
+        task, compute, step = learner.task, learner.compute, learner.position.step
+        switch(task, training=False)
+        with learner.average.shown():
+            if measuring:
+                with self.clock.time("evaluation"):
+                    loss = held_out_loss(task, learner.config.seed, compute)
+                self.log.evaluation(step, loss)
+            if sampling and (compute.processes.is_first or compute.sharded):
+                with self.clock.time("samples"):
+                    key = Key(learner.config.seed, "validation", 0)
+                    self.log.samples(step, task.sample(key))
+        return loss
+
+    def save(self, *, passing: bool) -> None:
+        """A checkpoint; only the first process writes one. `passing`: as `Learner.packed`."""
+        learner = self.learner
+        if not learner.compute.processes.is_first:
+            return
+        self.log.flush()
+        state, tensors = learner.packed(passing=passing)
+        with self.clock.time("checkpoint"), learner.average.shown():
+            path = checkpoint.write(
+                self.folder / CHECKPOINTS,
+                state,
+                tensors,
+                lambda target: self.write_adapter(target, learner.position),
+                learner.config.save_total_limit,
+            )
+        logger.info("step %d: checkpoint %s", learner.position.step, path)
 
 
 def open_log(

@@ -68,10 +68,9 @@ class RunLog:
             "training", total=total_steps, completed=first_step, numbers=""
         )
         self._total_steps = total_steps
-        self._started = time.monotonic()
-        self._last_line = self._started
-        self._first_step = first_step
-        self._first_tallies: tuple[dict[str, int], float] | None = None
+        self._last_line = time.monotonic()
+        # the first step that was seen here, its tallies and when it was done: rates count from it
+        self._first: tuple[int, dict[str, int], float] | None = None
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -107,25 +106,19 @@ class RunLog:
                 self._board.add_scalar(f"train/{name}", number, step)
         for name, norm in group_norms.items():
             self._board.add_scalar(f"grad_norm/{name}", norm, step)
-        rate = (step - self._first_step) / max(1e-9, time.monotonic() - self._started)
-        shown = f"loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.1e}  {rate:.2f} it/s"
-        shown += self._rates(tallies)
+        shown = f"loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.1e}"
+        left = ""
+        if self._first is None:
+            self._first = step, dict(tallies), time.monotonic()
+        else:
+            first, before, then = self._first
+            seconds = max(1e-9, time.monotonic() - then)
+            shown += f"  {(step - first) / seconds:.2f} it/s" + _rates(before, tallies, seconds)
+            left = f"  {(self._total_steps - step) * seconds / (step - first):.0f} s left"
         self._bar.update(self._task, completed=step, numbers=shown)
         if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            left = (self._total_steps - step) / rate
-            logger.info("step %d/%d  %s  %.0f s left", step, self._total_steps, shown, left)
+            logger.info("step %d/%d  %s%s", step, self._total_steps, shown, left)
             self._last_line = time.monotonic()
-
-    def _rates(self, tallies: Mapping[str, int]) -> str:
-        """What is counted a second, since the first step that was seen here."""
-        if self._first_tallies is None:
-            self._first_tallies = (dict(tallies), time.monotonic())
-            return ""
-        before, then = self._first_tallies
-        seconds = time.monotonic() - then
-        counted = {name: count for name, count in tallies.items() if name != SKIPPED}
-        rates = {name: (count - before.get(name, 0)) / seconds for name, count in counted.items()}
-        return "".join(f"  {rate:.0f} {name}/s" for name, rate in rates.items())
 
     def evaluation(self, step: int, eval_loss: float) -> None:
         """One held-out measurement."""
@@ -244,3 +237,10 @@ def _is_row_before(line: bytes, step: int) -> bool:
         return False
     numbers = all(value is None or isinstance(value, int | float) for value in row.values())
     return numbers and int(row["step"]) < step
+
+
+def _rates(before: Mapping[str, int], tallies: Mapping[str, int], seconds: float) -> str:
+    """What was counted a second since `before`."""
+    counted = {name: count for name, count in tallies.items() if name != SKIPPED}
+    rates = {name: (count - before.get(name, 0)) / seconds for name, count in counted.items()}
+    return "".join(f"  {rate:.0f} {name}/s" for name, rate in rates.items())

@@ -23,18 +23,21 @@ from statistics import median
 from typing import Any
 
 from benchmarks import memory_estimate
-from benchmarks.children import child_of
+from benchmarks.children import ROOT, child_of
 from benchmarks.memory_estimate import Case
 from lora_scripts import allocator
 
 STEPS, WARMING = 10, 2
+DEMO_MODEL = ROOT / "assets" / "demo" / "model"
 TEXT, IMAGE = "Llama 110M, 8 rows of about 110 tokens", "SD small, 256², batch 4"
+DEMO = "the demo, 64², batch 16"
 LONG, LARGE = "Llama 110M, 2 rows of about 600 tokens", "SD small, 512², batch 1"
 _TEXT_KEYS = {**memory_estimate.TEXT, "max_train_steps": STEPS, "epochs": 50}
 CASES: Mapping[str, Case] = {
     TEXT: Case("Llama 110M", {**_TEXT_KEYS, "batch_size": 8, "words": 70}),
     LONG: Case("Llama 110M", {**_TEXT_KEYS, "batch_size": 2, "words": 400, "max_seq_length": 1024}),
     IMAGE: Case("SD small", {"resolution": 256, "batch_size": 4, "epochs": 50}),
+    DEMO: Case("demo", {"resolution": 64, "batch_size": 16, "epochs": 100, "lora_dropout": 0.1}),
     LARGE: Case("SD small", {"resolution": 512, "batch_size": 1, "epochs": 50}),
 }
 
@@ -102,6 +105,13 @@ def batches_when_needed() -> None:
     steps.prefetched = one_by_one
 
 
+def helped_by_others() -> None:
+    """What reads ahead computes with helpers, too."""
+    from lora_scripts import threads
+
+    threads.compute_alone = lambda: None
+
+
 BF16 = {"mixed_precision": "bf16"}
 LEVERS: Mapping[str, Lever] = {
     "the base in bf16, not float32": Lever(Side(), Side(BF16), [TEXT, LONG, IMAGE, LARGE]),
@@ -120,6 +130,9 @@ LEVERS: Mapping[str, Lever] = {
     ),
     "fused AdamW": Lever(Side(BF16, one_parameter_at_a_time), Side(BF16), [TEXT, IMAGE]),
     "batches read ahead": Lever(Side(BF16, batches_when_needed), Side(BF16), [TEXT, IMAGE]),
+    "what reads ahead computes alone": Lever(
+        Side(BF16, helped_by_others), Side(BF16), [DEMO, IMAGE, TEXT]
+    ),
     "gradient checkpointing": Lever(
         Side(BF16), Side({**BF16, "gradient_checkpointing": True}), [LONG, LARGE]
     ),
@@ -172,17 +185,16 @@ def child(folder: str, lever: str, case: str, pulled: str) -> None:
     side = LEVERS[lever].pulled if json.loads(pulled) else LEVERS[lever].without
     side.change()
     told = CASES[case]
-    config_path = memory_estimate.write_config(
-        Path(folder),
-        Case(told.base, {**told.keys, **side.keys}),
-        memory_estimate.base_of(Path(folder), told.base),
-    )
+    is_demo = told.base == "demo"
+    base = DEMO_MODEL if is_demo else memory_estimate.base_of(Path(folder), told.base)
+    case_so = Case(told.base, {**told.keys, **side.keys})
+    config_path = memory_estimate.write_config(Path(folder), case_so, base)
     print(json.dumps(trained(str(config_path))))
 
 
 def trained(config_path: str) -> dict[str, float]:
     """Seconds a sample, and the largest resident set, in the steps of a run."""
-    from lora_scripts.memory import heap, room
+    from lora_scripts.memory import room
     from lora_scripts.tasks import build
     from lora_scripts.training import loop, steps
     from lora_scripts.training.learner import Learner
@@ -197,7 +209,7 @@ def trained(config_path: str) -> dict[str, float]:
     seconds = []
     for step, batches in steps.prefetched(task, todo, compute):
         if len(seconds) == WARMING:
-            heap.give_back()
+            allocator.give_back()
             room.forget_peak()
         started = time.perf_counter()
         learner.take(step, batches, lambda: False)

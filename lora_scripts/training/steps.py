@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from lora_scripts import threads
 from lora_scripts.device import Compute
 from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
@@ -91,7 +92,7 @@ def prefetched(
     task: Task, steps: Iterable[Step], compute: Compute
 ) -> Iterator[tuple[Step, Iterator[Batch]]]:
     """Each step with this process's batches, read in a thread a few ahead of their use."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(max_workers=1, initializer=threads.compute_alone) as pool:
         waiting: deque[tuple[Step, list[Future[Batch]]]] = deque()
         for step in steps:
             own = step.share(compute)

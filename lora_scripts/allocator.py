@@ -1,4 +1,4 @@
-"""How this process gets memory from the system: if memory is short, without gaps.
+"""How this process gets memory from the system and gives it back: if memory is short, without gaps.
 
 glibc puts every tensor below 32 MiB into one heap. PyTorch asks for memory aligned to 64 bytes;
 what is cut off around a block is soon taken by small objects, and the hole that a tensor leaves is
@@ -36,3 +36,13 @@ def map_alone() -> bool:
 def maps_alone() -> bool:
     """Whether `map_alone` has been called, and could."""
     return _alone
+
+
+def give_back() -> None:
+    """Return what is free to the system, so that the next stage does not come on top of it.
+
+    glibc keeps what was freed: after the pictures are encoded, or a model is let go of, gigabytes.
+    Nothing to do elsewhere.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

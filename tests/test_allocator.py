@@ -33,6 +33,8 @@ for number in range(400):
     staying.append(torch.ones(5_000))
 most = resident() - before
 tensors.clear()
+if sys.argv[1] == "given back":
+    allocator.give_back()
 print(most, resident() - before)
 """
 
@@ -63,3 +65,11 @@ def test_what_the_user_has_set_stays() -> None:
     said, _, kept = come_and_go("alone", MALLOC_MMAP_THRESHOLD_=str(32 * 2**20))
     assert said == ["False", "False"]
     assert kept > 150 * MB
+
+
+def test_what_is_given_back_is_the_systems_again() -> None:
+    """As things are left, it would stay with the process."""
+    said, most, after = come_and_go("given back")
+    assert said == []
+    assert most > 190 * MB
+    assert after < 20 * MB

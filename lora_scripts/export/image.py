@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_scripts import allocator
 from lora_scripts.device import Compute
 from lora_scripts.export import files
 from lora_scripts.export.protocol import Finished, proved
@@ -93,8 +94,12 @@ class ImageExport:
         components = list(self.task.adapted)
         self.task.release()
         gc.collect()
+        allocator.give_back()
         fresh = build.load_family(
-            build.find_base(self.config.base_model), self.compute, build.options_of(self.config)
+            build.find_base(self.config.base_model),
+            self.compute,
+            build.options_of(self.config),
+            resting=True,
         )
         if folder is not None:
             fresh.load_file(folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lora_scripts import allocator
 from lora_scripts.device import Compute
 from lora_scripts.export import files
 from lora_scripts.export.protocol import Finished, proved
@@ -105,6 +106,7 @@ class TextExport:
         reference = self._reference()
         self.task.release()
         gc.collect()
+        allocator.give_back()
         return reference, self._reload(folder)
 
     def _reference(self) -> torch.Tensor:

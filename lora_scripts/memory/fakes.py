@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_scripts.device import Compute
 from lora_scripts.logs import silent
-from lora_scripts.models import causal_lm, header, lora
+from lora_scripts.models import causal_lm, filling, header, lora
 from lora_scripts.models.family import Options
 from lora_scripts.models.json_file import read_json
 from lora_scripts.models.signature import Signature, weight_files
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from lora_scripts.models.family import ImageFamily
-
-STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -216,10 +209,9 @@ def _of_file(found: Signature) -> dict[str, nn.Module]:
 
 
 def _files_of(found: Signature, modules: Mapping[str, nn.Module]) -> dict[str, Files]:
-    """A single file is mapped whole while its first part is read, and stays so to the last."""
+    """Of a single file each tensor is copied, and a piece is mapped at a time."""
     if found.layout == "ldm":
-        files = Files(found.path.stat().st_size, _dtype_of([found.path]))
-        return dict.fromkeys(modules, files)
+        return dict.fromkeys(modules, Files(min(found.path.stat().st_size, filling.PIECE), None))
     paths = {name: weight_files(found.path / name, found.variant) for name in modules}
     return {
         name: Files(sum(path.stat().st_size for path in own), _dtype_of(own))
@@ -233,7 +225,7 @@ def _dtype_of(paths: list[Path]) -> torch.dtype | None:
         return None
     tensors = header.read_header(paths[0]).values()
     largest = max(tensors, key=lambda info: _count(info.shape))
-    return STORED.get(largest.dtype)
+    return filling.STORED.get(largest.dtype)
 
 
 def _count(shape: tuple[int, ...]) -> int:

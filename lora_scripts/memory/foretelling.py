@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from lora_scripts.memory.heaviest import Pictures
 from lora_scripts.memory.imagined import Trace
 from lora_scripts.memory.optimizers import FLOAT, state_bytes
 from lora_scripts.memory.tracker import bytes_of, tensors_of
-from lora_scripts.models import causal_lm, lora, sharding
+from lora_scripts.models import causal_lm, filling, lora, sharding
 from lora_scripts.schema import Config, ImageConfig, TextConfig
 
 # names of phases
@@ -55,7 +55,7 @@ def foretell(config: Config, rows: AnyRows, compute: Compute) -> Estimate:
         case TextConfig():
             found = _texts(config, rows, compute)
     gc.collect()  # modules and their hooks hold each other
-    heap.give_back()
+    allocator.give_back()
     return _estimate(found, config, compute, room.resident())
 
 
@@ -67,6 +67,7 @@ class Found:
         batch: The heaviest micro-batch in words.
         weights: By part, as they are held.
         files: Of each part, what its files add while they are read.
+        resting: The parts that lie in memory only in those phases that need them.
         on_card: The parts that lie on a card, if there is one.
         adapters: The trained parameters by name, for their shapes.
         step: A micro-step.
@@ -77,6 +78,7 @@ class Found:
     batch: str
     weights: Mapping[str, int]
     files: Mapping[str, int]
+    resting: Collection[str]
     on_card: Sequence[str]
     adapters: Mapping[str, torch.Tensor]
     step: Trace
@@ -97,18 +99,21 @@ def _images(config: ImageConfig, rows: AnyRows, compute: Compute) -> Found:
     )
     step = imagined.image_step(fake, batch, config, compute, mode, text_too=text_too)
     passes = {ENCODING: imagined.encode_picture(fake, largest, mode)}
-    for prompt in config.sample_prompts:
-        side = config.resolution
-        asked = Pictures(1, prompt.width or side, prompt.height or side, batch.parts)
+    side = config.resolution
+    sizes = {(prompt.width or side, prompt.height or side) for prompt in config.sample_prompts}
+    for width, height in sorted(sizes):
+        asked = Pictures(1, width, height, batch.parts)
         drawn = imagined.draw_picture(fake, asked, compute, mode)
         passes[SAMPLES] = max(drawn, passes.get(SAMPLES, drawn), key=lambda trace: trace.peak)
     weights = {name: _frozen_bytes(part) for name, part in fake.parts.items()}
     dtypes = {name: compute.dtype if name == "unet" else torch.float32 for name in weights}
-    encoders = ["vae"] * pixels_too + [n for n in weights if n.startswith("text")] * text_too
+    encoders = ["vae"] * pixels_too + _readers(weights) * text_too
+    files = {n: _mapped(fake.files[n], dtypes[n]) for n in weights}
     return Found(
         batch=str(batch),
         weights=weights,
-        files={n: _mapped(fake.files[n], dtypes[n]) for n in weights},
+        files=files | {"unet": min(files["unet"], filling.PIECE)},
+        resting=[n for n in weights if n != "unet" and n not in encoders],
         on_card=["unet", *encoders],
         adapters=_adapters(fake.parts),
         step=step,
@@ -149,6 +154,7 @@ def _texts(config: TextConfig, rows: AnyRows, compute: Compute) -> Found:
         batch=said,
         weights={"model": _quantised(fake.model, config.quantization, dtype)},
         files={"model": files},
+        resting=[],
         on_card=["model"],
         adapters=_adapters({"model": fake.model}),
         step=step,
@@ -178,36 +184,35 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
         "imports": imports + CUDA_LIBRARIES * on_card,
         "libraries at work": AT_WORK[compute.precision],
     }
-    weights = {f"{name} weights": size for name, size in _held(found, compute).items()}
+    held = _held(found, compute)
+    stays = {f"{name} weights": held[name] for name in held if name not in found.resting}
     there = {f"{name} weights" for name in found.on_card} if on_card else set()
     gpu = {"CUDA itself": CUDA_CONTEXT} if on_card else {}
-    gpu |= {name: size for name, size in weights.items() if name in there}
-    ram = always | {name: size for name, size in weights.items() if name not in there}
+    gpu |= {name: size for name, size in stays.items() if name in there}
+    ram = always | {name: size for name, size in stays.items() if name not in there}
 
     states = state_bytes(config.optimizer, found.adapters)
     trained = _trained(found, config, sum(states))
     grown = _growth_of_steps(found.step, config, states)
 
     def phase(name: str, parts: Mapping[str, int], visiting: Sequence[str] = ()) -> Phase:
-        """`visiting`: parts that come to a card for this phase alone."""
+        """`visiting`: parts that come to the device for this phase, from the disk if they rest."""
+        read = {f"{part} weights": held[part] for part in visiting}
         if not on_card:
-            return Phase(name, {}, {**ram, **parts})
-        guests = {f"{part} weights": found.weights[part] for part in visiting}
-        stay = {label: size for label, size in ram.items() if label not in guests}
-        return Phase(name, {**gpu, **guests, **parts}, stay)
+            return Phase(name, {}, {**ram, **read, **parts})
+        return Phase(name, {**gpu, **read, **parts}, {**ram, **read})
 
     gathered = {}
     if found.largest:
         gathered = {"gathered weights": ARRIVING * max(found.largest.values())}
-    read = _read(found, compute), always, gpu, there - {f"{part} weights" for part in found.largest}
-    phases = [_loading("loading", found, *read)]
+    phases = [_loading("loading", found, _read(found, compute), always, gpu, there)]
+    readers = _readers(found.weights)
     if ENCODING in found.passes:
         trace = found.passes[ENCODING]
         parts = _passing(trace, {}, on_card, _growth(trace).total)
         phases.append(phase(ENCODING, parts, ["vae"]))
-        if on_card:
-            readers = [part for part in found.weights if part.startswith("text")]
-            phases.append(phase(CAPTIONS, {}, readers))
+        files = {} if on_card else {f"{part} files": found.files[part] for part in readers}
+        phases.append(phase(CAPTIONS, files, readers))
     step = gathered | _passing(found.step, trained, on_card, grown.total - sum(states))
     phases.append(phase(STEP, step))
     if SAMPLES in found.passes:
@@ -217,11 +222,32 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
         guests = ["vae"] if "vae" in found.weights else []
         parts = gathered | _passing(trace, trained, on_card, kept)
         phases.append(phase(SAMPLES, parts, guests))
-    export = _loading("export", found, *read)
-    copies = {"adapters and their copies": 3 * trained["adapters"]}
-    phases.append(Phase("export", export.gpu, {**export.ram, **copies}))
+    phases.append(_exporting(found, compute, always, gpu, there, trained["adapters"]))
     later = {name: size for name, size in trained.items() if name != "adapters"}
     return Estimate(phases, found.batch, later)
+
+
+def _exporting(
+    found: Found,
+    compute: Compute,
+    always: Mapping[str, int],
+    gpu: Mapping[str, int],
+    there: set[str],
+    adapters: int,
+) -> Phase:
+    """A fresh model is read, and answers; its text encoders stay, as a file may be for them."""
+    spread = {f"{part} weights" for part in found.largest}
+    read = _read(found, compute)
+    readers = [part for part in _readers(read) if part in found.resting]
+    export = _loading("export", found, read, always, gpu, there - spread)
+    answering = {f"{part} weights": read[part] for part in read if part not in found.resting}
+    for part in readers:
+        answering |= {f"{part} weights": read[part], f"{part} files": found.files[part]}
+    ram = {**always, **{n: size for n, size in answering.items() if n not in there - spread}}
+    heavier = max(export.ram, ram, key=lambda parts: sum(parts.values()))
+    visiting = {f"{part} weights": read[part] for part in readers} if export.gpu else {}
+    copies = {"adapters and their copies": 3 * adapters}
+    return Phase("export", {**export.gpu, **visiting}, {**heavier, **copies})
 
 
 def _held(found: Found, compute: Compute) -> dict[str, int]:
@@ -288,17 +314,25 @@ def _loading(
     """The parts come one after the other; while one is read, its files are mapped beside it."""
     most: dict[str, int] = {}
     so_far: dict[str, int] = {}
-    for part, size in weights.items():
+    for part in sorted(weights, key=_is_denoiser):
         label = f"{part} weights"
-        so_far[label] = size
-        during = {**so_far, f"{part} files": found.files[part]}
+        during = {**so_far, label: weights[part], f"{part} files": found.files[part]}
         if sum(during.values()) > sum(most.values()):
             most = during
-        if label in there:
-            del so_far[label]
-    most = max((most, so_far), key=lambda parts: sum(parts.values()))
+        if label not in there and part not in found.resting:
+            so_far[label] = weights[part]
     on_card = {name: size for name, size in gpu.items() if there}
     return Phase(name, on_card, {**always, **most})
+
+
+def _is_denoiser(part: str) -> bool:
+    """It is read last."""
+    return part == "unet"
+
+
+def _readers(parts: Iterable[str]) -> list[str]:
+    """The text encoders among the parts of an image model."""
+    return [part for part in parts if part.startswith("text_encoder")]
 
 
 def _trained(found: Found, config: Config, states: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What glibc's heap grows to while tensors come and go, and how it is given back.
+"""What glibc's heap grows to while tensors come and go.
 
 PyTorch asks for memory aligned to 64 bytes. glibc's `memalign` takes a block that is larger by
 the alignment and cuts off what stands before and behind. Small objects soon live in these pieces,
@@ -15,8 +15,6 @@ of what is freed stays with the process.
 from __future__ import annotations
 
 import bisect
-import ctypes
-import platform
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -193,13 +191,3 @@ def _middle(play: Callable[[Heap], object], staying: float) -> Growth:
         play(heap)
         found.append(Growth(heap.peak, heap.top, heap.most_mapped))
     return sorted(found, key=lambda growth: growth.total)[REPLAYS // 2]
-
-
-def give_back() -> None:
-    """Return what is free to the system, so that the next stage does not come on top of it.
-
-    glibc keeps what was freed: after the pictures are encoded, or a model is let go of, gigabytes.
-    Nothing to do elsewhere.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lora_scripts import allocator
 from lora_scripts.device import Compute
-from lora_scripts.memory import heap, heaviest, room
+from lora_scripts.memory import heaviest, room
 from lora_scripts.memory.estimate import PASSING, STEP, Estimate, Phase
 from lora_scripts.memory.optimizers import FLOAT, state_bytes
 from lora_scripts.schema import Config, TextConfig
@@ -55,7 +56,7 @@ def micro_step(task: Task, config: Config, compute: Compute) -> Peak:
     indices, key = _heaviest(task, config)
     on_card = compute.device.type == "cuda"
     modes = [(m, m.training) for whole in task.adapted.values() for m in whole.modules()]
-    heap.give_back()
+    allocator.give_back()
     before = room.resident()
     room.forget_peak()
     if on_card:
@@ -70,7 +71,7 @@ def micro_step(task: Task, config: Config, compute: Compute) -> Peak:
         _drop_gradients(task)
         for module, mode in modes:
             module.training = mode
-        heap.give_back()
+        allocator.give_back()
 
 
 def corrected(estimate: Estimate, peak: Peak) -> Estimate:

@@ -1,10 +1,9 @@
-"""What every family does with its modules: read them from a folder, hash them, move them."""
+"""What every family does with its modules: read them from a folder, hash them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,11 @@ import torch
 from torch import nn
 from transformers import CLIPTokenizer
 
-from lora_scripts.models import foreign
+from lora_scripts.models import filling, foreign
+from lora_scripts.models.header import read_header
 from lora_scripts.models.json_file import read_model_config
+from lora_scripts.models.original_names import TEXT_LEVEL, Source
+from lora_scripts.models.signature import weight_files
 
 
 def read_part(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
@@ -36,6 +38,57 @@ def read_part(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -
     return module
 
 
+def read_unet(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """As `read_part`, but of the files only a little lies in memory beside what is made of them.
+
+    Left to diffusers' own reader are files that hold `dtype` already, as it takes their pages for
+    the weights, and files that are not laid out as the class writes them today.
+    """
+    with foreign.reading(folder, "this part of the model"), torch.device("meta"):
+        module = cls.from_config(read_model_config(folder / "config.json"))
+    held = [read_header(file) for file in weight_files(folder, variant)]
+    types = {filling.STORED.get(info.dtype) for header in held for info in header.values()}
+    names = [name for header in held for name in header]
+    is_plain = (
+        types != {dtype}
+        and sorted(names) == sorted(module.state_dict())
+        and not any(True for _ in module.buffers())  # which files need not have
+        and "quantization_config" not in module.config
+    )
+    tensors = plain_tensors(folder, variant, module.state_dict(), dtype) if is_plain else None
+    if tensors is None:
+        return read_part(cls, folder, variant, dtype)
+    module.load_state_dict(tensors, assign=True)
+    return module.eval()
+
+
+def plain_tensors(
+    folder: Path, variant: str | None, like: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor] | None:
+    """A part's tensors from its files, a piece at a time; None if these have not all of them.
+
+    Args:
+        folder: The part's.
+        variant: Of the files.
+        like: Tensors by name of the shapes wanted; may be on the meta device.
+        dtype: What the tensors become.
+    """
+    places: dict[Path, dict[str, Source]] = {}
+    found = {}
+    for file in weight_files(folder, variant):
+        for name, info in read_header(file).items():
+            own = name if name in like else name.removeprefix(TEXT_LEVEL)
+            if own in like and info.dtype in filling.STORED:
+                found[own] = info.shape
+                places.setdefault(file, {})[own] = Source(name)
+    if found != {name: tuple(tensor.shape) for name, tensor in like.items()}:
+        return None
+    tensors: dict[str, torch.Tensor] = {}
+    for file, where in places.items():
+        tensors |= filling.weights(file, where, like, dtype)
+    return tensors
+
+
 def read_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """A text encoder's tokenizer.
 
@@ -48,25 +101,16 @@ def read_clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return found
 
 
-def content_id(module: nn.Module, *more: str) -> str:
-    """SHA-256 over a module's tensors, their names and `more`: the key of what it produces."""
+def content_digest(module: nn.Module) -> Any:
+    """SHA-256 over a module's tensors and their names, to go on with (a `hashlib` object)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    for text in more:
-        digest.update(text.encode("utf-8"))
-    return digest.hexdigest()
+    return digest
 
 
-@contextmanager
-def visit(modules: Sequence[Any], device: torch.device) -> Iterator[None]:
-    """The modules on the device within this context, each back where it was after it."""
-    homes = [module.device for module in modules]
-    for module in modules:
-        module.to(device)
-    try:
-        yield
-    finally:
-        for module, home in zip(modules, homes, strict=True):
-            module.to(home)
+def content_id(module: nn.Module) -> str:
+    """The digest in hexadecimal: same id, same weights."""
+    found: str = content_digest(module).hexdigest()
+    return found

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from lora_scripts.errors import user_error
 from lora_scripts.models.header import TensorInfo
 from lora_scripts.models.original_names import Source
 
+PIECE = 1 << 27  # bytes of a file that are mapped at once while weights are made of them
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
@@ -64,19 +72,55 @@ def _fits(source: Source, stored: tuple[int, ...], needed: tuple[int, ...]) -> b
     return stored[: len(needed)] == needed and all(size == 1 for size in extra)
 
 
-def fill(module: nn.Module, file: Any, where: Mapping[str, Source], dtype: torch.dtype) -> None:
-    """Give a module its weights from an open file, one at a time, each copied once, as `dtype`."""
-    weights = {}
-    for name, tensor in module.state_dict().items():
-        source = where[name]
-        copy = torch.empty(tensor.shape, dtype=dtype)
-        if source.third is None:
-            stored = file.get_tensor(source.name)
-        else:
-            first = source.third * len(copy)
-            stored = file.get_slice(source.name)[first : first + len(copy)]
-        weights[name] = copy.copy_(stored.T if source.transposed else stored.reshape(copy.shape))
-    module.load_state_dict(weights, assign=True)
+def fill(module: nn.Module, path: Path, where: Mapping[str, Source], dtype: torch.dtype) -> None:
+    """Give a module its weights from a .safetensors file, each copied once, as `dtype`."""
+    module.load_state_dict(weights(path, where, module.state_dict(), dtype), assign=True)
+
+
+def weights(
+    path: Path, where: Mapping[str, Source], like: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Tensors out of a .safetensors file, each copied once.
+
+    What was read of a mapped file stays in memory as long as it is open: it is opened anew after
+    every `PIECE` bytes.
+
+    Args:
+        path: The file.
+        where: For each name the tensor's place in the file.
+        like: Tensors of the shapes wanted, by name; may be on the meta device.
+        dtype: What the tensors become.
+    """
+    made = {}
+    for names in _pieces(where, like):
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                made[name] = _tensor(file, where[name], torch.empty(like[name].shape, dtype=dtype))
+    return made
+
+
+def _tensor(file: Any, source: Source, copy: torch.Tensor) -> torch.Tensor:
+    if source.third is None:
+        stored = file.get_tensor(source.name)
+    else:
+        first = source.third * len(copy)
+        stored = file.get_slice(source.name)[first : first + len(copy)]
+    return copy.copy_(stored.T if source.transposed else stored.reshape(copy.shape))
+
+
+def _pieces(where: Mapping[str, Source], like: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """The names in runs of at most `PIECE` bytes, or of one."""
+    names: list[str] = []
+    room = PIECE
+    for name in where:
+        needed = like[name].numel() * torch.float32.itemsize  # the widest that there is, nearly
+        if names and needed > room:
+            yield names
+            names, room = [], PIECE
+        names.append(name)
+        room -= needed
+    if names:
+        yield names
 
 
 def some(names: Sequence[str], count: int = 3) -> str:

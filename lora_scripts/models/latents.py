@@ -11,12 +11,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from lora_scripts.errors import user_error
-from lora_scripts.models.components import content_id
 from lora_scripts.models.family import Options
 
 
-def prepare(vae: AutoencoderKL) -> AutoencoderKL:
-    """The VAE as it is used here: float32, frozen.
+def check(vae: AutoencoderKL) -> None:
+    """See that a VAE is of a kind that is known here.
 
     Raises:
         UserError: if its latents are normed by channel, which no family here was trained with.
@@ -24,7 +23,6 @@ def prepare(vae: AutoencoderKL) -> AutoencoderKL:
     if vae.config.latents_mean is not None or vae.config.latents_std is not None:
         what = "its config has latents_mean and latents_std, which these models do not know"
         raise user_error("vae", f"{what}; name the VAE that belongs to the base model")
-    return vae.float().requires_grad_(False).eval()
 
 
 def side_factor(vae: AutoencoderKL) -> int:
@@ -33,10 +31,9 @@ def side_factor(vae: AutoencoderKL) -> int:
     return factor
 
 
-def content_id_of(vae: AutoencoderKL, options: Options) -> str:
-    """A hash of what makes latents; with the scale where another VAE was put in."""
-    scaled = [] if options.vae is None else [f"times {vae.config.scaling_factor}"]
-    return content_id(vae, *scaled)
+def reading_of(vae: AutoencoderKL, options: Options) -> list[str]:
+    """What latents depend on beside the VAE's weights: the scale where another VAE was put in."""
+    return [] if options.vae is None else [f"times {vae.config.scaling_factor}"]
 
 
 @torch.no_grad()

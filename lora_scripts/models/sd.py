@@ -20,9 +20,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_scripts.device import Compute
-from lora_scripts.models import clip_text, latents, prediction, schedule, single_file, vae_file
+from lora_scripts.models import clip_text, components, latents, prediction, schedule, source
 from lora_scripts.models import unet as unet_layers
-from lora_scripts.models.components import content_id, read_clip_tokenizer, read_part, visit
+from lora_scripts.models.encoders import Encoders
 from lora_scripts.models.family import (
     Conditioning,
     DrawRequest,
@@ -33,9 +33,9 @@ from lora_scripts.models.family import (
     Preset,
 )
 from lora_scripts.models.signature import Signature
-from lora_scripts.models.single_file import Parts
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+PARTS: Mapping[Encoder, str] = {"image": "vae", "text": "text_encoder"}
 # family and prediction -> ss_base_model_version, modelspec.architecture
 VERSIONS: Mapping[tuple[str, Prediction], tuple[str, str]] = {
     ("sd1", "epsilon"): ("sd_v1", "stable-diffusion-v1"),
@@ -48,25 +48,32 @@ VERSIONS: Mapping[tuple[str, Prediction], tuple[str, str]] = {
 class StableDiffusion:
     """An SD1.x or SD2.x model in memory: the UNet in the run's precision, the rest in float32.
 
-    The encoders stay on the CPU and visit the device only while they are needed; one that is used
-    in every step is kept there (`keep_on_device`). A text encoder that is trained is held in
-    float32, too, and computes under the loop's autocast.
+    The encoders visit the device only while they are needed, from the CPU or from the disk; one
+    that is used in every step is kept there (`keep_on_device`). A text encoder that is trained is
+    held in float32, too, and computes under the loop's autocast.
     """
 
     def __init__(
         self,
         name: Literal["sd1", "sd2"],
-        parts: Parts,
+        parts: Mapping[str, Any],
         compute: Compute,
         options: Options,
         said: prediction.Said,
+        encoders: Encoders | None = None,
     ) -> None:
+        """`encoders`: has vae and text encoder in charge; without it they stay in memory."""
         unet: UNet2DConditionModel = parts["unet"]
-        text_encoder: CLIPTextModel = parts["text_encoder"]
         self.name = name
         self.unet = unet.to(compute.home).requires_grad_(False).eval()
-        self.vae: AutoencoderKL = latents.prepare(parts["vae"])
-        self.text_encoder = text_encoder.float().requires_grad_(False).eval()
+        self.vae: AutoencoderKL = parts["vae"]
+        latents.check(self.vae)
+        self.text_encoder: CLIPTextModel = parts["text_encoder"]
+        if encoders is None:
+            encoders = Encoders(compute.device)
+            encoders.add("vae", self.vae)
+            encoders.add("text_encoder", self.text_encoder)
+        self.encoders = encoders
         self.tokenizer: CLIPTokenizer = parts["tokenizer"]
         self.compute = compute
         self.options = options
@@ -74,7 +81,7 @@ class StableDiffusion:
             "unet": self.unet,
             "text_encoder": self.text_encoder,
         }
-        clip_text.check_skip({"text_encoder": text_encoder}, options.clip_skip)
+        clip_text.check_skip({"text_encoder": self.text_encoder}, options.clip_skip)
         side_factor = latents.side_factor(self.vae)
         self.latent_size: int = unet.config.sample_size
         self.native_size = self.latent_size * side_factor
@@ -93,15 +100,16 @@ class StableDiffusion:
 
     @cached_property
     def denoiser_id(self) -> str:
-        return content_id(self.unet)
+        return components.content_id(self.unet)
 
     @cached_property
     def image_encoder_id(self) -> str:
-        return latents.content_id_of(self.vae, self.options)
+        return self.encoders.content_id("vae", *latents.reading_of(self.vae, self.options))
 
     @cached_property
     def text_encoder_id(self) -> str:
-        return content_id(self.text_encoder, *clip_text.reading_of([self.tokenizer], self.options))
+        reading = clip_text.reading_of([self.tokenizer], self.options)
+        return self.encoders.content_id("text_encoder", *reading)
 
     def encode_image(self, pixels_CHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self.visiting("image"):
@@ -137,23 +145,22 @@ class StableDiffusion:
     def draw(self, request: DrawRequest) -> Image:
         # Without a text encoder the pipeline takes the UNet's dtype for everything it computes.
         pipeline = self._pipeline(text_encoder=None)
-        wanted = [self.tokenize(text) for text in (request.prompt, request.negative_prompt)]
         prompt_SD, negative_SD = (
-            self._encode(tokens)["embedding"].to(self.compute.device, self.unet.dtype)
-            for tokens in clip_text.balanced(wanted, self.tokenize(""))
+            told["embedding"].to(self.compute.device, self.unet.dtype)
+            for told in self._told_of(request)
         )
+        with self.compute.autocast():
+            latents_BCHW = pipeline(
+                prompt_embeds=prompt_SD[None],
+                negative_prompt_embeds=negative_SD[None],
+                guidance_scale=request.guidance_scale,
+                num_inference_steps=request.steps,
+                width=request.width,
+                height=request.height,
+                generator=torch.Generator().manual_seed(request.seed),
+                output_type="latent",
+            ).images
         with self.visiting("image"):
-            with self.compute.autocast():
-                latents_BCHW = pipeline(
-                    prompt_embeds=prompt_SD[None],
-                    negative_prompt_embeds=negative_SD[None],
-                    guidance_scale=request.guidance_scale,
-                    num_inference_steps=request.steps,
-                    width=request.width,
-                    height=request.height,
-                    generator=torch.Generator().manual_seed(request.seed),
-                    output_type="latent",
-                ).images
             return latents.decode(self.vae, latents_BCHW)
 
     def checkpoint_gradients(self) -> None:
@@ -180,11 +187,13 @@ class StableDiffusion:
         return torch.cat([output_BCHW.flatten().cpu(), states.flatten().cpu()])
 
     def load_file(self, path: Path) -> None:
+        self.encoders.keep("text_encoder")
         pipeline = self._pipeline(text_encoder=self.text_encoder)
         folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
         pipeline.load_lora_weights(str(folder), weight_name=file, local_files_only=True)
 
     def parts(self) -> Mapping[str, Any]:
+        self.encoders.keep("vae", "text_encoder")
         return {
             **self.adapted,
             "vae": self.vae,
@@ -193,6 +202,7 @@ class StableDiffusion:
         }
 
     def save(self, folder: Path) -> None:
+        self.encoders.keep("vae", "text_encoder")
         self._pipeline(text_encoder=self.text_encoder).save_pretrained(str(folder))
 
     def webui_name(self, component: str, path: str) -> str:
@@ -208,14 +218,21 @@ class StableDiffusion:
         }
 
     def visiting(self, encoder: Encoder) -> AbstractContextManager[None]:
-        return visit([self._encoder(encoder)], self.compute.device)
+        return self.encoders.visiting(PARTS[encoder])
 
     def keep_on_device(self, encoder: Encoder) -> None:
-        self._encoder(encoder).to(self.compute.device)
+        self.encoders.keep_on_device(PARTS[encoder])
 
-    def _encoder(self, encoder: Encoder) -> nn.Module:
-        module: nn.Module = self.vae if encoder == "image" else self.text_encoder
-        return module
+    def _told_of(self, request: DrawRequest) -> Sequence[dict[str, torch.Tensor]]:
+        """What the denoiser is told of a request's prompt and of its negative prompt."""
+        texts = (request.prompt, request.negative_prompt)
+
+        def encoded() -> list[dict[str, torch.Tensor]]:
+            wanted = [self.tokenize(text) for text in texts]
+            with self.visiting("text"):
+                return [self._encode(t) for t in clip_text.balanced(wanted, self.tokenize(""))]
+
+        return self.encoders.remembered("text_encoder", texts, encoded)
 
     @torch.no_grad()
     def _encode(self, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -253,26 +270,13 @@ class StableDiffusion:
         return pipeline
 
 
-def load(found: Signature, compute: Compute, options: Options) -> StableDiffusion:
-    """Read a diffusers folder or an original single file. No network, no pickle."""
-    match found.layout:
-        case "diffusers":
-            parts = _load_folder(found.path, found.variant, compute.dtype)
-        case "ldm":
-            parts = single_file.load(found, compute.dtype)
-    if options.vae is not None:
-        vae = vae_file.find_vae(options.vae)
-        parts["vae"] = vae_file.load_vae(vae.path, parts["vae"].config)
+def load(
+    found: Signature, compute: Compute, options: Options, *, resting: bool = False
+) -> StableDiffusion:
+    """Read a diffusers folder or an original single file. No network, no pickle.
+
+    `resting`: whether the encoders lie in memory only while they are needed."""
+    parts, encoders = source.load(found, compute, options, resting=resting)
     said = prediction.said_by(found, parts["scheduler"])
     assert found.family != "sdxl"
-    return StableDiffusion(found.family, parts, compute, options, said)
-
-
-def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> Parts:
-    return {
-        "unet": read_part(UNet2DConditionModel, path / "unet", variant, dtype),
-        "vae": read_part(AutoencoderKL, path / "vae", variant, torch.float32),
-        "text_encoder": read_part(CLIPTextModel, path / "text_encoder", variant, torch.float32),
-        "tokenizer": read_clip_tokenizer(path / "tokenizer"),
-        "scheduler": schedule.read(path / "scheduler"),
-    }
+    return StableDiffusion(found.family, parts, compute, options, said, encoders)

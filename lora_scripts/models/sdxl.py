@@ -25,9 +25,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_scripts.device import Compute
-from lora_scripts.models import clip_text, latents, prediction, schedule, single_file, vae_file
+from lora_scripts.models import clip_text, components, latents, prediction, schedule, source
 from lora_scripts.models import unet as unet_layers
-from lora_scripts.models.components import content_id, read_clip_tokenizer, read_part, visit
+from lora_scripts.models.encoders import Encoders
 from lora_scripts.models.family import (
     Conditioning,
     DrawRequest,
@@ -39,34 +39,43 @@ from lora_scripts.models.family import (
 )
 from lora_scripts.models.json_file import read_json
 from lora_scripts.models.signature import Signature
-from lora_scripts.models.single_file import PartsXL
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+PARTS: Mapping[Encoder, Sequence[str]] = {"image": ["vae"], "text": TEXT_ENCODERS}
 OWN_CLIP_SKIP = 2  # the states before the last layer
 
 
 class StableDiffusionXL:
     """An SDXL model in memory: the UNet in the run's precision, the rest in float32.
 
-    The encoders stay on the CPU and visit the device only while they are needed; those that are
-    used in every step are kept there (`keep_on_device`). Text encoders that are trained are held in
-    float32, too, and compute under the loop's autocast.
+    The encoders visit the device only while they are needed, from the CPU or from the disk; those
+    that are used in every step are kept there (`keep_on_device`). Text encoders that are trained
+    are held in float32, too, and compute under the loop's autocast.
     """
 
     def __init__(
         self,
-        parts: PartsXL,
+        parts: Mapping[str, Any],
         compute: Compute,
         options: Options,
         said: prediction.Said,
+        encoders: Encoders | None = None,
         *,
         zeros_for_empty: bool,
     ) -> None:
+        """`encoders`: has VAE and text encoders in charge; without it they stay in memory."""
         unet: UNet2DConditionModel = parts["unet"]
         self.unet = unet.to(compute.home).requires_grad_(False).eval()
-        self.vae: AutoencoderKL = latents.prepare(parts["vae"])
-        self.text_encoder = parts["text_encoder"].float().requires_grad_(False).eval()
-        self.text_encoder_2 = parts["text_encoder_2"].float().requires_grad_(False).eval()
+        self.vae: AutoencoderKL = parts["vae"]
+        latents.check(self.vae)
+        self.text_encoder: CLIPTextModel = parts["text_encoder"]
+        self.text_encoder_2: CLIPTextModelWithProjection = parts["text_encoder_2"]
+        if encoders is None:
+            encoders = Encoders(compute.device)
+            for name in ("vae", *TEXT_ENCODERS):
+                encoders.add(name, parts[name])
+        self.encoders = encoders
         self.tokenizer: CLIPTokenizer = parts["tokenizer"]
         self.tokenizer_2: CLIPTokenizer = parts["tokenizer_2"]
         self.compute = compute
@@ -77,8 +86,8 @@ class StableDiffusionXL:
             "text_encoder": self.text_encoder,
             "text_encoder_2": self.text_encoder_2,
         }
-        encoders = {name: module for name, module in self.adapted.items() if name != "unet"}
-        clip_text.check_skip(encoders, options.clip_skip)
+        text_encoders = {name: self.adapted[name] for name in TEXT_ENCODERS}
+        clip_text.check_skip(text_encoders, options.clip_skip)
         side_factor = latents.side_factor(self.vae)
         self.latent_size: int = unet.config.sample_size
         self.native_size = self.latent_size * side_factor
@@ -97,16 +106,17 @@ class StableDiffusionXL:
 
     @cached_property
     def denoiser_id(self) -> str:
-        return content_id(self.unet)
+        return components.content_id(self.unet)
 
     @cached_property
     def image_encoder_id(self) -> str:
-        return latents.content_id_of(self.vae, self.options)
+        return self.encoders.content_id("vae", *latents.reading_of(self.vae, self.options))
 
     @cached_property
     def text_encoder_id(self) -> str:
         reading = clip_text.reading_of([self.tokenizer, self.tokenizer_2], self.options)
-        return content_id(self.text_encoder, content_id(self.text_encoder_2), *reading)
+        second = self.encoders.content_id("text_encoder_2")
+        return self.encoders.content_id("text_encoder", second, *reading)
 
     def encode_image(self, pixels_CHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self.visiting("image"):
@@ -160,30 +170,29 @@ class StableDiffusionXL:
     def draw(self, request: DrawRequest) -> Image:
         # Without text encoders the pipeline takes the UNet's dtype for everything it computes.
         pipeline = self._pipeline()
-        wanted = [self.tokenize(text) for text in (request.prompt, request.negative_prompt)]
         prompt, negative = (
             {
                 name: tensor[None].to(self.compute.device, self.unet.dtype)
-                for name, tensor in self._encode(tokens).items()
+                for name, tensor in told.items()
             }
-            for tokens in clip_text.balanced(wanted, self.tokenize(""))
+            for told in self._told_of(request)
         )
         if self.zeros_for_empty and not request.negative_prompt:
             negative = {name: torch.zeros_like(tensor) for name, tensor in prompt.items()}
+        with self.compute.autocast():
+            latents_BCHW = pipeline(
+                prompt_embeds=prompt["embedding"],
+                pooled_prompt_embeds=prompt["pooled"],
+                negative_prompt_embeds=negative["embedding"],
+                negative_pooled_prompt_embeds=negative["pooled"],
+                guidance_scale=request.guidance_scale,
+                num_inference_steps=request.steps,
+                width=request.width,
+                height=request.height,
+                generator=torch.Generator().manual_seed(request.seed),
+                output_type="latent",
+            ).images
         with self.visiting("image"):
-            with self.compute.autocast():
-                latents_BCHW = pipeline(
-                    prompt_embeds=prompt["embedding"],
-                    pooled_prompt_embeds=prompt["pooled"],
-                    negative_prompt_embeds=negative["embedding"],
-                    negative_pooled_prompt_embeds=negative["pooled"],
-                    guidance_scale=request.guidance_scale,
-                    num_inference_steps=request.steps,
-                    width=request.width,
-                    height=request.height,
-                    generator=torch.Generator().manual_seed(request.seed),
-                    output_type="latent",
-                ).images
             return latents.decode(self.vae, latents_BCHW)
 
     def checkpoint_gradients(self) -> None:
@@ -218,6 +227,7 @@ class StableDiffusionXL:
         return torch.cat([output.flatten().cpu() for output in outputs])
 
     def load_file(self, path: Path) -> None:
+        self.encoders.keep(*TEXT_ENCODERS)
         pipeline = self._pipeline(
             text_encoder=self.text_encoder, text_encoder_2=self.text_encoder_2
         )
@@ -225,6 +235,7 @@ class StableDiffusionXL:
         pipeline.load_lora_weights(str(folder), weight_name=file, local_files_only=True)
 
     def parts(self) -> Mapping[str, Any]:
+        self.encoders.keep("vae", *TEXT_ENCODERS)
         return {
             **self.adapted,
             "vae": self.vae,
@@ -234,6 +245,7 @@ class StableDiffusionXL:
         }
 
     def save(self, folder: Path) -> None:
+        self.encoders.keep("vae", *TEXT_ENCODERS)
         pipeline = self._pipeline(
             text_encoder=self.text_encoder, text_encoder_2=self.text_encoder_2
         )
@@ -251,14 +263,21 @@ class StableDiffusionXL:
         }
 
     def visiting(self, encoder: Encoder) -> AbstractContextManager[None]:
-        return visit(self._encoders(encoder), self.compute.device)
+        return self.encoders.visiting(*PARTS[encoder])
 
     def keep_on_device(self, encoder: Encoder) -> None:
-        for module in self._encoders(encoder):
-            module.to(self.compute.device)
+        self.encoders.keep_on_device(*PARTS[encoder])
 
-    def _encoders(self, encoder: Encoder) -> Sequence[nn.Module]:
-        return {"image": [self.vae], "text": [self.text_encoder, self.text_encoder_2]}[encoder]
+    def _told_of(self, request: DrawRequest) -> Sequence[dict[str, torch.Tensor]]:
+        """What the denoiser is told of a request's prompt and of its negative prompt."""
+        texts = (request.prompt, request.negative_prompt)
+
+        def encoded() -> list[dict[str, torch.Tensor]]:
+            wanted = [self.tokenize(text) for text in texts]
+            with self.visiting("text"):
+                return [self._encode(t) for t in clip_text.balanced(wanted, self.tokenize(""))]
+
+        return self.encoders.remembered(TEXT_ENCODERS[0], texts, encoded)
 
     @torch.no_grad()
     def _encode(self, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -300,36 +319,18 @@ class StableDiffusionXL:
         return pipeline
 
 
-def load(found: Signature, compute: Compute, options: Options) -> StableDiffusionXL:
-    """Read a diffusers folder or an original single file. No network, no pickle."""
+def load(
+    found: Signature, compute: Compute, options: Options, *, resting: bool = False
+) -> StableDiffusionXL:
+    """Read a diffusers folder or an original single file. No network, no pickle.
+
+    `resting`: whether the encoders lie in memory only while they are needed."""
+    parts, encoders = source.load(found, compute, options, resting=resting)
     zeros_for_empty = True
-    match found.layout:
-        case "diffusers":
-            parts = _load_folder(found.path, found.variant, compute.dtype)
-            index: Mapping[str, Any] = read_json(found.path / "model_index.json")
-            zeros_for_empty = index.get("force_zeros_for_empty_prompt", True)
-        case "ldm":
-            parts = single_file.load_xl(found, compute.dtype)
-    if options.vae is not None:
-        vae = vae_file.find_vae(options.vae)
-        parts["vae"] = vae_file.load_vae(vae.path, parts["vae"].config)
+    if found.layout == "diffusers":
+        index: Mapping[str, Any] = read_json(found.path / "model_index.json")
+        zeros_for_empty = index.get("force_zeros_for_empty_prompt", True)
     said = prediction.said_by(found, parts["scheduler"])
-    return StableDiffusionXL(parts, compute, options, said, zeros_for_empty=zeros_for_empty)
-
-
-def _load_folder(path: Path, variant: str | None, dtype: torch.dtype) -> PartsXL:
-    def tokenizer(name: str) -> CLIPTokenizer:
-        return read_clip_tokenizer(path / name)
-
-    def text_encoder(cls: Any, name: str) -> Any:
-        return read_part(cls, path / name, variant, torch.float32)
-
-    return {
-        "unet": read_part(UNet2DConditionModel, path / "unet", variant, dtype),
-        "vae": read_part(AutoencoderKL, path / "vae", variant, torch.float32),
-        "text_encoder": text_encoder(CLIPTextModel, "text_encoder"),
-        "text_encoder_2": text_encoder(CLIPTextModelWithProjection, "text_encoder_2"),
-        "tokenizer": tokenizer("tokenizer"),
-        "tokenizer_2": tokenizer("tokenizer_2"),
-        "scheduler": schedule.read(path / "scheduler"),
-    }
+    return StableDiffusionXL(
+        parts, compute, options, said, encoders, zeros_for_empty=zeros_for_empty
+    )

@@ -9,7 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from diffusers import (
@@ -26,15 +26,14 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
 )
 
 from lora_scripts.errors import user_error
 from lora_scripts.models import shapes
-from lora_scripts.models.filling import check, fill, some
+from lora_scripts.models.filling import check, fill, some, weights
 from lora_scripts.models.header import TensorInfo, read_header
 from lora_scripts.models.kinds import OPEN_CLIP
-from lora_scripts.models.original_names import PREFIXES, TEXT_LEVEL, places
+from lora_scripts.models.original_names import PREFIXES, TEXT_LEVEL, Source, places
 from lora_scripts.models.packaged import END, ZERO, clip_tokenizer, packaged_config
 from lora_scripts.models.signature import NAMES, Signature
 
@@ -68,71 +67,60 @@ _SCHEDULERS = {cls.__name__: cls for cls in (PNDMScheduler, DDIMScheduler, Euler
 _BASE_SIZE = 64  # latent pixels of SD 2.0 base and 2.1 base, which predict ε
 
 
-class Parts(TypedDict):
-    """The components of a Stable Diffusion pipeline, under diffusers' names."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: SchedulerMixin
-
-
-class PartsXL(TypedDict):
-    """The components of a Stable Diffusion XL pipeline, under diffusers' names."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    text_encoder_2: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
-    tokenizer_2: CLIPTokenizer
-    scheduler: SchedulerMixin
-
-
-def load(found: Signature, dtype: torch.dtype, encoder_dtype: torch.dtype = torch.float32) -> Parts:
-    """Load an SD 1.x or 2.x checkpoint in the original layout without the network.
+class Checkpoint:
+    """An SD 1.x, 2.x or XL checkpoint in the original layout, read part by part, offline.
 
     Of a file that holds both, the weights proper (`model.diffusion_model.*`) are taken and the EMA
     copies (`model_ema.*`) are set aside, as AUTOMATIC1111 and diffusers do; the log says how many.
-
-    Args:
-        found: Of a .safetensors file.
-        dtype: What the UNet's weights become, converted straight from the file.
-        encoder_dtype: The same for the VAE and the text encoder.
-
-    Returns:
-        The five components on the CPU, in evaluation mode; nothing in them refers to the file. The
-        scheduler is the family's, set to what the file's marks say.
-
-    Raises:
-        UserError: The file lacks tensors, holds unknown ones, or ones of a wrong shape, type or
-            noise schedule.
     """
-    modules = _load_modules(found, dtype, encoder_dtype)
-    return Parts(
-        unet=modules["unet"],
-        vae=modules["vae"],
-        text_encoder=modules["text_encoder"],
-        tokenizer=clip_tokenizer(END if found.family == "sd1" else ZERO),
-        scheduler=_scheduler(found),
-    )
 
+    def __init__(self, found: Signature) -> None:
+        """`found`: of a .safetensors file.
 
-def load_xl(
-    found: Signature, dtype: torch.dtype, encoder_dtype: torch.dtype = torch.float32
-) -> PartsXL:
-    """Load an SDXL checkpoint in the original layout: as `load`, with two text encoders."""
-    modules = _load_modules(found, dtype, encoder_dtype)
-    return PartsXL(
-        unet=modules["unet"],
-        vae=modules["vae"],
-        text_encoder=modules["text_encoder"],
-        text_encoder_2=modules["text_encoder_2"],
-        tokenizer=clip_tokenizer(END),
-        tokenizer_2=clip_tokenizer(ZERO),
-        scheduler=_scheduler(found),
-    )
+        Raises:
+            UserError: The file lacks tensors, holds unknown ones, or ones of a wrong shape, type or
+                noise schedule.
+        """
+        self.found = found
+        header = read_header(found.path)
+        kept = _kept(found, header)
+        for kind, count in Counter(set_aside(found, header).values()).items():
+            logger.info("%s: %d tensors set aside (%s)", found.path.name, count, kind)
+        self._modules = _empty_modules(found, kept)
+        if "alphas_cumprod" in header and not found.marks.zero_snr:
+            with safe_open(found.path, framework="pt") as file:
+                _check_schedule(found, file.get_tensor("alphas_cumprod"))
+        self._where: dict[str, Mapping[str, Source]] = {}
+        for part, module in self._modules.items():
+            prefix = PREFIXES[found.family][part]
+            own = {name: info for name, info in kept.items() if name.startswith(prefix)}
+            level = TEXT_LEVEL if any(n.startswith(prefix + TEXT_LEVEL) for n in own) else ""
+            config = {} if part.startswith("text") else module.config
+            self._where[part] = places(found.family, part, module.state_dict(), config, level)
+            what = f"{NAMES[found.family]}'s {type(module).__name__}"
+            check(found.path, module, own, self._where[part], what)
+
+    def part(self, name: str, dtype: torch.dtype) -> Any:
+        """A component with its weights as `dtype`, on the CPU; nothing in it refers to the file."""
+        fill(self._modules[name], self.found.path, self._where[name], dtype)
+        return self._modules[name]
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        """The config of a component."""
+        config: Mapping[str, Any] = self._modules[name].config
+        return config
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The weights of a component once more, in float32."""
+        like = self._modules[name].state_dict()
+        return weights(self.found.path, self._where[name], like, torch.float32)
+
+    def others(self) -> dict[str, Any]:
+        """Tokenizers, and the family's scheduler, set to what the file's marks say."""
+        tokenizers = {"tokenizer": clip_tokenizer(ZERO if self.found.family == "sd2" else END)}
+        if self.found.family == "sdxl":
+            tokenizers["tokenizer_2"] = clip_tokenizer(ZERO)
+        return {**tokenizers, "scheduler": _scheduler(self.found)}
 
 
 def _scheduler(found: Signature) -> SchedulerMixin:
@@ -140,29 +128,6 @@ def _scheduler(found: Signature) -> SchedulerMixin:
     if found.marks.prediction is not None:
         config["prediction_type"] = found.marks.prediction
     return _SCHEDULERS[config["_class_name"]].from_config(config)
-
-
-def _load_modules(
-    found: Signature, dtype: torch.dtype, encoder_dtype: torch.dtype
-) -> dict[str, Any]:
-    header = read_header(found.path)
-    kept = _kept(found, header)
-    for kind, count in Counter(set_aside(found, header).values()).items():
-        logger.info("%s: %d tensors set aside (%s)", found.path.name, count, kind)
-    modules = _empty_modules(found, kept)
-    with safe_open(found.path, framework="pt") as file:
-        if "alphas_cumprod" in header and not found.marks.zero_snr:
-            _check_schedule(found, file.get_tensor("alphas_cumprod"))
-        for part, module in modules.items():
-            prefix = PREFIXES[found.family][part]
-            own = {name: info for name, info in kept.items() if name.startswith(prefix)}
-            level = TEXT_LEVEL if any(n.startswith(prefix + TEXT_LEVEL) for n in own) else ""
-            config = {} if part.startswith("text") else module.config
-            where = places(found.family, part, module.state_dict(), config, level)
-            what = f"{NAMES[found.family]}'s {type(module).__name__}"
-            check(found.path, module, own, where, what)
-            fill(module, file, where, dtype if part == "unet" else encoder_dtype)
-    return modules
 
 
 def set_aside(found: Signature, header: Header) -> dict[str, str]:

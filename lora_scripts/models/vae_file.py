@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
 
 from lora_scripts.errors import user_error
 from lora_scripts.models import hub, original_names, shapes
@@ -86,8 +85,7 @@ def _from_file(found: VaeSignature, like: Mapping[str, Any]) -> AutoencoderKL:
         vae = AutoencoderKL.from_config(config)
     where = _places(found, vae, own)
     check(found.path, vae, own, where, "a VAE (AutoencoderKL)")
-    with safe_open(found.path, framework="pt") as file:
-        fill(vae, file, where, torch.float32)
+    fill(vae, found.path, where, torch.float32)
     return vae
 
 

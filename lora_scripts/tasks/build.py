@@ -48,18 +48,20 @@ def find_text_base(base_model: str, *, with_code: bool = False) -> TextSignature
     return read_text_signature(path)
 
 
-def load_family(found: Signature, compute: Compute, options: Options | None = None) -> ImageFamily:
-    """Read an image model into memory."""
+def load_family(
+    found: Signature, compute: Compute, options: Options | None = None, *, resting: bool = False
+) -> ImageFamily:
+    """Read an image model into memory; with `resting`, its encoders only while they are needed."""
     options = options or Options()
     match found.family:
         case "sd1" | "sd2":
             from lora_scripts.models import sd
 
-            return sd.load(found, compute, options)
+            return sd.load(found, compute, options, resting=resting)
         case "sdxl":
             from lora_scripts.models import sdxl
 
-            return sdxl.load(found, compute, options)
+            return sdxl.load(found, compute, options, resting=resting)
 
 
 def options_of(config: ImageConfig) -> Options:
@@ -96,7 +98,9 @@ def build(config: Config, rows: AnyRows, compute: Compute) -> DiffusionTask | La
             from lora_scripts.data import images
             from lora_scripts.tasks.diffusion import DiffusionTask
 
-            family = load_family(find_base(config.base_model), compute, options_of(config))
+            family = load_family(
+                find_base(config.base_model), compute, options_of(config), resting=True
+            )
             return DiffusionTask(config, family, images.gather(rows, config, family.pixel_multiple))
         case TextConfig():
             from lora_scripts.tasks.language import LanguageTask

@@ -18,7 +18,7 @@ from lora_scripts.data import template_child
 from lora_scripts.data.chat import ChatFormat
 from lora_scripts.device import Compute
 from lora_scripts.errors import out_of_memory, user_error
-from lora_scripts.models import causal_lm, gguf_header, header, lora, lora_file, single_file
+from lora_scripts.models import causal_lm, gguf_header, header, lora, lora_file
 from lora_scripts.models.family import ImageFamily
 from lora_scripts.models.signature import read_signature
 from lora_scripts.models.text_signature import read_text_signature
@@ -245,7 +245,7 @@ def _image_files(work: Path) -> list[Files]:
 
 def _read_image_file(folder: Path) -> None:
     path = folder / "a.safetensors"
-    single_file.load(read_signature(path), torch.float32)
+    ldm_toy.read_parts(read_signature(path), torch.float32)
 
 
 def _text_models(work: Path) -> list[Files]:

@@ -18,6 +18,7 @@ from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
 from tests import runs, text_toys, toys
 
+KINDS = ("pictures", "captions")
 CARD = Compute(torch.device("cuda"), "bf16")
 
 
@@ -56,22 +57,29 @@ def prepared(folder: Path, values: dict[str, Any]) -> tuple[Config, list[Any]]:
 
 
 def step_of(estimate: Estimate) -> Phase:
-    (phase,) = (phase for phase in estimate.phases if phase.name == "training step")
+    return phase_of(estimate, "training step")
+
+
+def phase_of(estimate: Estimate, name: str) -> Phase:
+    (phase,) = (phase for phase in estimate.phases if phase.name == name)
     return phase
 
 
 def test_weights_and_adapters_are_those_of_the_loaded_task(
     tmp_path: Path, base: Path, pictures: Path
 ) -> None:
-    parts = step_of(told(tmp_path, runs.values(base, pictures, tmp_path))).ram
+    estimate = told(tmp_path, runs.values(base, pictures, tmp_path))
+    parts = step_of(estimate).ram
     task, _, _ = runs.task(base, pictures, tmp_path)
     trained = bytes_of(lora.trainable(task.family.adapted["unet"]).values())
     whole = bytes_of(tensors_of(task.family.adapted["unet"]))
     modules = task.family.parts()
     assert parts["unet weights"] == whole - trained
-    assert parts["vae weights"] == bytes_of(tensors_of(modules["vae"]))
-    assert parts["text_encoder weights"] == bytes_of(tensors_of(modules["text_encoder"]))
     assert parts["adapters"] == trained
+    assert not {"vae weights", "text_encoder weights"} & parts.keys()  # at rest
+    encoding, captions = (phase_of(estimate, f"encoding of the {p}").ram for p in KINDS)
+    assert encoding["vae weights"] == bytes_of(tensors_of(modules["vae"]))
+    assert captions["text_encoder weights"] == bytes_of(tensors_of(modules["text_encoder"]))
     layers = len(lora.trainable(task.family.adapted["unet"]))
     assert parts["optimizer"] == 2 * trained + 4 * layers
 
@@ -124,7 +132,6 @@ def test_a_spread_base_is_a_share_of_it_and_the_block_at_work_twice(
     whole = step_of(told(tmp_path, values)).ram
     parts = step_of(told(tmp_path, values, spread)).ram
     assert parts["unet weights"] == whole["unet weights"] // 4
-    assert parts["vae weights"] == whole["vae weights"]
     assert 0 < parts["gathered weights"] < whole["unet weights"]
 
 
@@ -163,7 +170,18 @@ def test_other_language_models_are_foretold(tmp_path: Path, texts: Path, model_t
     assert step_of(estimate).ram["model weights"] >= bytes_of(model.parameters())
 
 
-def test_a_card_holds_the_model_and_the_machine_the_encoders(
+def test_what_is_used_in_every_step_is_there_in_every_step(
+    tmp_path: Path, base: Path, pictures: Path
+) -> None:
+    live = {"cache_latents": False, "shuffle_tags": True}
+    values = runs.values(base, pictures, tmp_path, **live)
+    step = step_of(told(tmp_path, values))
+    assert {"vae weights", "text_encoder weights"} <= step.ram.keys()
+    step = step_of(told(tmp_path, values, CARD))
+    assert {"vae weights", "text_encoder weights"} <= step.gpu.keys()
+
+
+def test_a_card_holds_the_model_and_the_encoders_for_their_visits(
     tmp_path: Path, base: Path, pictures: Path
 ) -> None:
     """No card is needed to foretell what one will hold."""
@@ -171,13 +189,14 @@ def test_a_card_holds_the_model_and_the_machine_the_encoders(
     estimate = told(tmp_path, values, CARD)
     step = step_of(estimate)
     assert "unet weights" in step.gpu and "unet weights" not in step.ram
-    assert "vae weights" in step.ram and "vae weights" not in step.gpu
+    assert "vae weights" not in {*step.ram, *step.gpu}
     assert "activations" in step.gpu and "activations" not in step.ram
     guests = {p.name: {n for n in p.gpu if n.endswith("weights")} - {"unet weights"}
               for p in estimate.phases}  # fmt: skip
     assert guests["encoding of the pictures"] == {"vae weights"}
     assert guests["encoding of the captions"] == {"text_encoder weights"}
     assert guests["training step"] == set()
+    assert guests["export"] == {"text_encoder weights"}
 
 
 def test_four_bits_are_a_little_more_than_half_a_byte(

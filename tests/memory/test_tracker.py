@@ -86,7 +86,7 @@ from lora_scripts import allocator
 assert allocator.map_alone()
 import torch
 from diffusers import AutoencoderKL
-from lora_scripts.memory import heap, room
+from lora_scripts.memory import room
 from lora_scripts.memory.tracker import Tracker, tensors_of
 # three levels: the attention in the middle, among a quarter of the pixels, stays cheap
 down, up = ["DownEncoderBlock2D"] * 3, ["UpDecoderBlock2D"] * 3
@@ -100,7 +100,7 @@ def step():
     pixels.grad = None
 
 step()  # code that runs for the first time
-heap.give_back()
+allocator.give_back()
 before = room.resident()
 room.forget_peak()
 step()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from lora_scripts.models.original_names import PREFIXES
+from lora_scripts.models.signature import Signature
+from lora_scripts.models.single_file import Checkpoint
 from tests.models import ldm_facts as facts
 from tests.models.ldm_facts import TOY, Fact, Widths
 
@@ -109,14 +113,16 @@ def _tensor(fact: Fact, state: Mapping[str, Tensor]) -> Tensor:
     return state[fact.module].reshape(fact.shape)
 
 
-def ldm_tensors(modules: Modules, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def ldm_tensors(
+    modules: Modules, dtype: torch.dtype = torch.float32, w: Widths = TOY
+) -> dict[str, Tensor]:
     """The whole v1-5-pruned file: weights, different EMA copies, position ids, schedule."""
-    tensors = part_tensors(modules, TOY, dtype)
-    for fact in facts.unet_facts(TOY):
+    tensors = part_tensors(modules, w, dtype)
+    for fact in facts.unet_facts(w):
         tensors[facts.ema_name(fact.ldm)] = tensors[fact.ldm] + 1
     tensors["model_ema.decay"] = torch.tensor(0.9999)
     tensors["model_ema.num_updates"] = torch.tensor(1, dtype=torch.int32)
-    tensors[facts.POSITION_IDS] = torch.arange(TOY.positions)[None]
+    tensors[facts.POSITION_IDS] = torch.arange(w.positions)[None]
     return tensors | schedule()
 
 
@@ -129,3 +135,15 @@ def sdxl_tensors(modules: Modules, dtype: torch.dtype = torch.float32) -> dict[s
     """The whole sd_xl_base_1.0 file."""
     positions = torch.arange(facts.TOY_XL.positions)[None]
     return part_tensors(modules, facts.TOY_XL, dtype) | {facts.POSITION_IDS_XL: positions}
+
+
+def read_parts(
+    found: Signature, dtype: torch.dtype, encoder_dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """All parts of a checkpoint, as a pipeline takes them."""
+    file = Checkpoint(found)
+    weighted = {
+        name: file.part(name, dtype if name == "unet" else encoder_dtype)
+        for name in PREFIXES[found.family]
+    }
+    return weighted | file.others()

@@ -40,12 +40,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             return Signature(path, toy, "diffusers", 0)
         return recognise_others(path)
 
-    def load(found: Signature, compute: Compute, options: Options | None = None) -> ImageFamily:
+    def load(
+        found: Signature, compute: Compute, options: Options | None = None, *, resting: bool = False
+    ) -> ImageFamily:
         match str(found.family):
             case "toy":
                 return toy_family.load(found, compute, options or Options())
             case _:
-                return load_others(found, compute, options)
+                return load_others(found, compute, options, resting=resting)
 
     monkeypatch.setattr(signature, "read_signature", recognise)
     monkeypatch.setattr(build, "read_signature", recognise)

@@ -16,13 +16,13 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from lora_scripts.errors import UserError
-from lora_scripts.models import lora, single_file
+from lora_scripts.models import lora
 from lora_scripts.models.header import read_header, read_metadata
 from lora_scripts.models.original_file import write_single_file
 from lora_scripts.models.signature import read_signature
 from tests.models import ldm_facts as facts
 from tests.models.ldm_facts import TOY, TOY_2, TOY_XL
-from tests.models.ldm_toy import ldm_tensors, sd2_tensors, sdxl_tensors, toy_modules
+from tests.models.ldm_toy import ldm_tensors, read_parts, sd2_tensors, sdxl_tensors, toy_modules
 
 WIDTHS = {"sd1": TOY, "sd2": TOY_2, "sdxl": TOY_XL}
 TENSORS: dict[str, Any] = {"sd1": ldm_tensors, "sd2": sd2_tensors, "sdxl": sdxl_tensors}
@@ -30,9 +30,7 @@ NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_chec
 
 
 def load(path: Path) -> Any:
-    found = read_signature(path)
-    loading = single_file.load_xl if found.family == "sdxl" else single_file.load
-    return loading(found, torch.float32)
+    return read_parts(read_signature(path), torch.float32)
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])

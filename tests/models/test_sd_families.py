@@ -352,7 +352,7 @@ def test_the_keys_of_a_config_reach_the_model(
 def test_an_encoder_that_is_kept_on_the_device_stays_there(bases: dict[str, Path]) -> None:
     """Seen by the meta device, which any module can be sent to."""
     family = load(bases["sdxl"])
-    family.compute = Compute(torch.device("meta"), "no")
+    family.encoders.device = torch.device("meta")
     family.keep_on_device("text")
     assert family.text_encoder.device.type == family.text_encoder_2.device.type == "meta"
     assert family.vae.device.type == "cpu"

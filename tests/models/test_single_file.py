@@ -34,6 +34,7 @@ from tests.models.ldm_facts import REAL, REAL_2, REAL_XL, TOY, TOY_2, TOY_XL, Wi
 from tests.models.ldm_toy import (
     Modules,
     ldm_tensors,
+    read_parts,
     schedule,
     sd2_tensors,
     sdxl_tensors,
@@ -52,8 +53,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    found = read_signature(path)
-    return (single_file.load_xl if found.family == "sdxl" else single_file.load)(found, dtype)
+    return read_parts(read_signature(path), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +484,7 @@ def test_the_real_file_at_real_size(tmp_path: Path) -> None:
     path = tmp_path / "v1-5-pruned.safetensors"
     facts.write_zeros(path, facts.whole_file(REAL), filled)
     assert len(read_header(path)) == 1831
-    assert _sizes(single_file.load(read_signature(path), torch.float16, torch.float16)) == {
+    assert _sizes(read_parts(read_signature(path), torch.float16, torch.float16)) == {
         "unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480,
     }  # fmt: skip
 
@@ -494,7 +494,7 @@ def test_sd21_at_real_size(tmp_path: Path) -> None:
     filled = {"alphas_cumprod": schedule()["alphas_cumprod"].half().numpy().tobytes()}
     path = tmp_path / "v2-1_768-ema-pruned.safetensors"
     facts.write_zeros(path, facts.published_2(), filled)
-    assert _sizes(single_file.load(read_signature(path), torch.float16, torch.float16)) == {
+    assert _sizes(read_parts(read_signature(path), torch.float16, torch.float16)) == {
         "unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840,
     }  # fmt: skip
 
@@ -508,7 +508,7 @@ def test_sdxl_at_real_size_read_and_written(tmp_path: Path) -> None:
     path, written = tmp_path / "sd_xl_base_1.0.safetensors", tmp_path / "written.safetensors"
     facts.write_zeros(path, shapes, {name: fused.numpy().tobytes()})
     found = read_signature(path)
-    parts = single_file.load_xl(found, torch.float16, torch.float16)
+    parts = read_parts(found, torch.float16, torch.float16)
     assert _sizes(parts) == {
         "unet": 2_567_463_684, "vae": 83_653_863,
         "text_encoder": 123_060_480, "text_encoder_2": 694_659_840,

@@ -17,10 +17,9 @@ from torch import Tensor
 from lora_scripts.errors import UserError
 from lora_scripts.models import hub, vae_file
 from lora_scripts.models.signature import read_signature
-from lora_scripts.models.single_file import load
 from lora_scripts.models.vae_file import find_vae, load_vae
 from lora_scripts.models.vae_signature import VaeSignature, read_vae
-from tests.models.ldm_toy import ldm_tensors, toy_modules
+from tests.models.ldm_toy import ldm_tensors, read_parts, toy_modules
 
 VAE = "first_stage_model."
 NONE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -66,7 +65,7 @@ def made(kind: str, folder: Path, vae: Any, original: dict[str, Tensor], checkpo
             vae.save_pretrained(folder, variant="fp16")
             return folder
         case "pipeline":
-            parts = load(read_signature(checkpoint), torch.float32)
+            parts = read_parts(read_signature(checkpoint), torch.float32)
             StableDiffusionPipeline(**parts, **NONE).save_pretrained(folder)
             return folder
         case "checkpoint":

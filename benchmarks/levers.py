@@ -112,6 +112,27 @@ def helped_by_others() -> None:
     threads.compute_alone = lambda: None
 
 
+def blocks_compiled() -> None:
+    """Each block of the denoiser, or of the decoder, made into one kernel by torch.compile."""
+    from lora_scripts.models import causal_lm
+    from lora_scripts.tasks import diffusion, language
+
+    def compiling(attach: Callable[[Any], None]) -> Callable[[Any], None]:
+        def attached(task: Any) -> None:
+            attach(task)
+            if isinstance(task, diffusion.DiffusionTask):
+                units = [u for u in task.family.units("unet") if u is not task.adapted["unet"]]
+            else:
+                units = list(causal_lm.units(task.base.model))[:-3]  # the blocks alone
+            for unit in units:
+                unit.compile(dynamic=True)
+
+        return attached
+
+    for kind in (diffusion.DiffusionTask, language.LanguageTask):
+        kind.attach = compiling(kind.attach)  # type: ignore[method-assign, assignment]
+
+
 BF16 = {"mixed_precision": "bf16"}
 LEVERS: Mapping[str, Lever] = {
     "the base in bf16, not float32": Lever(Side(), Side(BF16), [TEXT, LONG, IMAGE, LARGE]),
@@ -133,6 +154,7 @@ LEVERS: Mapping[str, Lever] = {
     "what reads ahead computes alone": Lever(
         Side(BF16, helped_by_others), Side(BF16), [DEMO, IMAGE, TEXT]
     ),
+    "blocks compiled": Lever(Side(BF16), Side(BF16, blocks_compiled), [TEXT, IMAGE]),
     "gradient checkpointing": Lever(
         Side(BF16), Side({**BF16, "gradient_checkpointing": True}), [LONG, LARGE]
     ),

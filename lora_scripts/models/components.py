@@ -65,7 +65,7 @@ def read_unet(cls: Any, folder: Path, variant: str | None, dtype: torch.dtype) -
 def plain_tensors(
     folder: Path, variant: str | None, like: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor] | None:
-    """A part's tensors from its files, a piece at a time; None if these have not all of them.
+    """A part's tensors from its files, a piece at a time; None if these have not each once.
 
     Args:
         folder: The part's.
@@ -78,6 +78,8 @@ def plain_tensors(
     for file in weight_files(folder, variant):
         for name, info in read_header(file).items():
             own = name if name in like else name.removeprefix(TEXT_LEVEL)
+            if own in found:
+                return None  # which file counts is known to the library alone
             if own in like and info.dtype in filling.STORED:
                 found[own] = info.shape
                 places.setdefault(file, {})[own] = Source(name)

@@ -5,9 +5,11 @@ Tensor suffixes: C channels, H height, W width (of pixels or latent).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,7 @@ from lora_scripts.data.caption_checks import composed
 from lora_scripts.data.images import View, mask_of, pixels_of, view_of
 from lora_scripts.data.pictures import Picture, Pictures
 from lora_scripts.errors import Problem, UserError
-from lora_scripts.models.family import Framing, ImageFamily
+from lora_scripts.models.family import Encoder, Framing, ImageFamily
 from lora_scripts.randomness import generator, numpy_generator
 from lora_scripts.schema import ImageConfig
 from lora_scripts.tasks.task import Key
@@ -134,6 +136,7 @@ class ViewReader:
         mirrors = (False, True) if self.config.random_flip else (False,)
 
         def encoded(picture: Picture, mirrored: bool) -> Mapping[str, torch.Tensor]:
+            visit()
             view = view_of(picture, None, mirrored=mirrored)
             mean_CHW, std_CHW = self.family.encode_image(pixels_of(view))
             return {"mean": mean_CHW, "std": std_CHW}
@@ -144,17 +147,29 @@ class ViewReader:
                     key = self.latent_key(picture, mirrored=mirrored)
                     yield key, partial(encoded, picture, mirrored)
 
-        with self.family.visiting("image"):
+        with self._visit("image") as visit:
             cache.fill(self.latents, jobs, _named("pictures", progress))
 
     def _encode_prompts(self, pictures: Pictures, progress: Progress) -> None:
+        def encoded(text: str) -> Mapping[str, torch.Tensor]:
+            visit()
+            return self.family.encode_prompt(text)
+
         def jobs() -> Iterator[cache.Job]:
             texts = (text for picture in pictures for text in picture.captions)
             for text in itertools.chain(("",), texts):
-                yield self.prompt_key(text), partial(self.family.encode_prompt, text)
+                yield self.prompt_key(text), partial(encoded, text)
 
-        with self.family.visiting("text"):
+        with self._visit("text") as visit:
             cache.fill(self.prompts, jobs, _named("captions", progress))
+
+    @contextmanager
+    def _visit(self, encoder: Encoder) -> Iterator[Callable[[], None]]:
+        """What brings an encoder to the device when it is first called, until this context ends.
+
+        Where all is in the cache none is read."""
+        with ExitStack() as visits:
+            yield functools.cache(lambda: visits.enter_context(self.family.visiting(encoder)))
 
     def _refuse_empty_masks(self, pictures: Pictures, measured: Pictures) -> None:
         """A mask that is black where the picture is cut would leave nothing to divide by.

@@ -137,6 +137,21 @@ def test_a_vae_of_earlier_names_is_read_again_too(bases: dict[str, Path], tmp_pa
     torch.testing.assert_close(found, expected)
 
 
+def test_where_two_files_hold_a_tensor_the_library_decides(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers reads model.safetensors and passes over what diffusers would read."""
+    base = shutil.copytree(bases["sd1"], tmp_path / "base")
+    own = load_file(base / "text_encoder" / "model.safetensors")
+    other = base / "text_encoder" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in own.items()}, other)
+    found, expected = (
+        load(folder, Options(), resting=True).encode_prompt("a cat")["embedding"]
+        for folder in (base, bases["sd1"])
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_one_that_is_used_in_every_step_stays(bases: dict[str, Path]) -> None:
     family = load(bases["sdxl"], Options(), resting=True)
     family.keep_on_device("text")

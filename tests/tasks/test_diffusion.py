@@ -143,6 +143,10 @@ def test_a_changed_file_or_setting_is_encoded_again_and_nothing_else(
     runs.task(sd_folder, data, tmp_path)
     assert first == {path: path.stat().st_mtime_ns for path in entries.rglob("*.safetensors")}
 
+    again, _, _ = runs.task(sd_folder, data, tmp_path)
+    again.family.encoders.visiting = None  # where all is there, no encoder is woken
+    again.encode(lambda what, done, total: None)
+
     toys.save_pictures(tmp_path / "other", count=4, seed=9)
     (tmp_path / "other" / "img01.png").replace(data / "img01.png")
     runs.task(sd_folder, data, tmp_path)

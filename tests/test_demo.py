@@ -87,13 +87,13 @@ def test_the_data_are_80_stencils_and_40_other_names() -> None:
 def test_the_demo_learns_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     prompts = load(Path("configs/demo_image.yaml")).sample_prompts
-    quick = [{**prompt.model_dump(exclude_none=True), "steps": 5} for prompt in prompts]
+    quick = [{**prompt.model_dump(exclude_none=True), "steps": 3} for prompt in prompts]
     overrides = [
         f"output_dir={json.dumps(str(tmp_path / 'out'))}",
         f"cache_dir={json.dumps(str(tmp_path / 'cache'))}",
-        "max_train_steps=30",
-        "lr_warmup_steps=5",
-        "sample_steps=30",
+        "max_train_steps=16",
+        "lr_warmup_steps=2",
+        "sample_steps=16",
         f"sample_prompts={json.dumps(quick)}",
     ]
     assert pipeline.run(Path("configs/demo_image.yaml"), overrides) == pipeline.EXIT_DONE

@@ -99,7 +99,7 @@ class ImageExport:
             build.find_base(self.config.base_model),
             self.compute,
             build.options_of(self.config),
-            resting=True,
+            resting=not self.compute.sharded,  # what is spread must be there
         )
         if folder is not None:
             fresh.load_file(folder)

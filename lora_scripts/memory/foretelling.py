@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,7 +235,11 @@ def _exporting(
     there: set[str],
     adapters: int,
 ) -> Phase:
-    """A fresh model is read, and answers; its text encoders stay, as a file may be for them."""
+    """A fresh model is read, and answers; its text encoders stay, as a file may be for them.
+
+    Where the base is spread nothing rests then."""
+    if compute.sharded:
+        found = replace(found, resting=())
     spread = {f"{part} weights" for part in found.largest}
     read = _read(found, compute)
     readers = [part for part in _readers(read) if part in found.resting]

@@ -113,7 +113,7 @@ def helped_by_others() -> None:
 
 
 def blocks_compiled() -> None:
-    """Each block of the denoiser, or of the decoder, made into one kernel by torch.compile."""
+    """Each block of the denoiser, or of the decoder, compiled by torch.compile."""
     from lora_scripts.models import causal_lm
     from lora_scripts.tasks import diffusion, language
 

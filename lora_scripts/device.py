@@ -118,13 +118,14 @@ def _fastest_on_cpu() -> Precision:
 
     With native support bf16 is several times faster than float32; without, far slower.
     """
-    plain = _matmul_seconds(torch.float32, rounds=5)
-    if _matmul_seconds(torch.bfloat16, rounds=1) > 5 * plain:
+    small, large = 256, 1024  # where bf16 is slow, the small one tells, and is soon done
+    if _matmul_seconds(torch.bfloat16, small) > 5 * _matmul_seconds(torch.float32, small):
         return "no"
-    return "bf16" if _matmul_seconds(torch.bfloat16, rounds=5) < 0.85 * plain else "no"
+    plain = _matmul_seconds(torch.float32, large)
+    return "bf16" if _matmul_seconds(torch.bfloat16, large) < 0.85 * plain else "no"
 
 
-def _matmul_seconds(dtype: torch.dtype, *, rounds: int, size: int = 1024) -> float:
+def _matmul_seconds(dtype: torch.dtype, size: int, rounds: int = 5) -> float:
     """The shortest of `rounds` products of two square matrices, after one that is not timed."""
     matrix = torch.ones(size, size, dtype=dtype)
     torch.mm(matrix, matrix)

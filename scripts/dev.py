@@ -159,9 +159,9 @@ def show_answers(folder: Path) -> None:
 
 
 def test(rest: list[str]) -> int:
-    """The test suite, a process a core and one more, as some wait for runs of their own."""
+    """The test suite, a process a core."""
     prepare(["dev"])
-    workers = str(min(MOST_WORKERS, 1 + (os.cpu_count() or 1)))
+    workers = str(min(MOST_WORKERS, os.cpu_count() or 1))
     return call(PYTHON, "-m", "pytest", "-n", workers, "--dist", "worksteal", *rest)
 
 

@@ -113,24 +113,18 @@ def helped_by_others() -> None:
 
 
 def blocks_compiled() -> None:
-    """Each block of the denoiser, or of the decoder, compiled by torch.compile."""
-    from lora_scripts.models import causal_lm
-    from lora_scripts.tasks import diffusion, language
+    """Each block of the denoiser compiled by torch.compile."""
+    from lora_scripts.tasks import diffusion
 
-    def compiling(attach: Callable[[Any], None]) -> Callable[[Any], None]:
-        def attached(task: Any) -> None:
-            attach(task)
-            if isinstance(task, diffusion.DiffusionTask):
-                units = [u for u in task.family.units("unet") if u is not task.adapted["unet"]]
-            else:
-                units = list(causal_lm.units(task.base.model))[:-3]  # the blocks alone
-            for unit in units:
+    attach = diffusion.DiffusionTask.attach
+
+    def attached(task: diffusion.DiffusionTask) -> None:
+        attach(task)
+        for unit in task.family.units("unet"):
+            if unit is not task.adapted["unet"]:
                 unit.compile(dynamic=True)
 
-        return attached
-
-    for kind in (diffusion.DiffusionTask, language.LanguageTask):
-        kind.attach = compiling(kind.attach)  # type: ignore[method-assign, assignment]
+    diffusion.DiffusionTask.attach = attached  # type: ignore[method-assign]
 
 
 BF16 = {"mixed_precision": "bf16"}
@@ -154,7 +148,7 @@ LEVERS: Mapping[str, Lever] = {
     "what reads ahead computes alone": Lever(
         Side(BF16, helped_by_others), Side(BF16), [DEMO, IMAGE, TEXT]
     ),
-    "blocks compiled": Lever(Side(BF16), Side(BF16, blocks_compiled), [TEXT, IMAGE]),
+    "blocks compiled": Lever(Side(BF16), Side(BF16, blocks_compiled), [IMAGE]),
     "gradient checkpointing": Lever(
         Side(BF16), Side({**BF16, "gradient_checkpointing": True}), [LONG, LARGE]
     ),
@@ -209,8 +203,8 @@ def child(folder: str, lever: str, case: str, pulled: str) -> None:
     told = CASES[case]
     is_demo = told.base == "demo"
     base = DEMO_MODEL if is_demo else memory_estimate.base_of(Path(folder), told.base)
-    case_so = Case(told.base, {**told.keys, **side.keys})
-    config_path = memory_estimate.write_config(Path(folder), case_so, base)
+    on_this_side = Case(told.base, {**told.keys, **side.keys})
+    config_path = memory_estimate.write_config(Path(folder), on_this_side, base)
     print(json.dumps(trained(str(config_path))))
 
 

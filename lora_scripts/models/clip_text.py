@@ -7,7 +7,7 @@ and ComfyUI do. Tensor suffixes: B batch, P parts, S tokens, D width of a state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lora_scripts.errors import user_error
 from lora_scripts.models.caption_parts import TOKENS_A_PART, split
-from lora_scripts.models.family import Options
+from lora_scripts.models.family import DrawRequest, Options
 
 MASK = "embedding_mask"  # (B, S): 1 where a state belongs to the prompt, 0 where it fills up
 
@@ -98,6 +98,16 @@ def collate(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
         mask_BS = positions_S < torch.tensor(lengths)[:, None]
         batch[MASK] = mask_BS.to(embeddings[0])
     return batch
+
+
+def told(
+    request: DrawRequest,
+    tokenize: Callable[[str], dict[str, torch.Tensor]],
+    encode: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> list[dict[str, torch.Tensor]]:
+    """What the denoiser is told of a prompt and of its negative prompt, as `encode` gives it."""
+    wanted = [tokenize(text) for text in (request.prompt, request.negative_prompt)]
+    return [encode(tokens) for tokens in balanced(wanted, tokenize(""))]
 
 
 def balanced(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ class Encoders:
         self._modules: dict[str, nn.Module] = {}
         self._digests: dict[str, Any] = {}
         self._kept: set[str] = set()
-        self._made: dict[tuple[str, Hashable], Any] = {}
+        self._made: dict[tuple[Hashable, ...], Any] = {}
 
     def add(self, name: str, module: nn.Module) -> None:
         """Take charge of a part. One that rests is hashed now, while its weights are there."""
@@ -52,15 +52,18 @@ class Encoders:
         found: str = digest.hexdigest()
         return found
 
-    def remembered(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives by a part: asked once for each key while the part rests, and so stays
-        as it always was."""
-        if not self.rests(name):
-            return make()
-        if (name, key) not in self._made:
-            self._made[name, key] = make()
-        found: T = self._made[name, key]
-        return found
+    def asked(self, names: Sequence[str], key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives while parts visit. Of parts that rest it is asked once for each key, as
+        they stay as they are."""
+        known = (*names, key)
+        if known in self._made and all(map(self.rests, names)):
+            found: T = self._made[known]
+            return found
+        with self.visiting(*names):
+            made = make()
+        if all(map(self.rests, names)):
+            self._made[known] = made
+        return made
 
     @contextmanager
     def visiting(self, *names: str) -> Iterator[None]:

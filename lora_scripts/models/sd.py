@@ -35,7 +35,7 @@ from lora_scripts.models.family import (
 from lora_scripts.models.signature import Signature
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-PARTS: Mapping[Encoder, str] = {"image": "vae", "text": "text_encoder"}
+PARTS: Mapping[Encoder, Sequence[str]] = {"image": ["vae"], "text": ["text_encoder"]}
 # family and prediction -> ss_base_model_version, modelspec.architecture
 VERSIONS: Mapping[tuple[str, Prediction], tuple[str, str]] = {
     ("sd1", "epsilon"): ("sd_v1", "stable-diffusion-v1"),
@@ -218,21 +218,16 @@ class StableDiffusion:
         }
 
     def visiting(self, encoder: Encoder) -> AbstractContextManager[None]:
-        return self.encoders.visiting(PARTS[encoder])
+        return self.encoders.visiting(*PARTS[encoder])
 
     def keep_on_device(self, encoder: Encoder) -> None:
-        self.encoders.keep_on_device(PARTS[encoder])
+        self.encoders.keep_on_device(*PARTS[encoder])
 
     def _told_of(self, request: DrawRequest) -> Sequence[dict[str, torch.Tensor]]:
-        """What the denoiser is told of a request's prompt and of its negative prompt."""
         texts = (request.prompt, request.negative_prompt)
-
-        def encoded() -> list[dict[str, torch.Tensor]]:
-            wanted = [self.tokenize(text) for text in texts]
-            with self.visiting("text"):
-                return [self._encode(t) for t in clip_text.balanced(wanted, self.tokenize(""))]
-
-        return self.encoders.remembered("text_encoder", texts, encoded)
+        return self.encoders.asked(
+            PARTS["text"], texts, lambda: clip_text.told(request, self.tokenize, self._encode)
+        )
 
     @torch.no_grad()
     def _encode(self, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -269,15 +269,10 @@ class StableDiffusionXL:
         self.encoders.keep_on_device(*PARTS[encoder])
 
     def _told_of(self, request: DrawRequest) -> Sequence[dict[str, torch.Tensor]]:
-        """What the denoiser is told of a request's prompt and of its negative prompt."""
         texts = (request.prompt, request.negative_prompt)
-
-        def encoded() -> list[dict[str, torch.Tensor]]:
-            wanted = [self.tokenize(text) for text in texts]
-            with self.visiting("text"):
-                return [self._encode(t) for t in clip_text.balanced(wanted, self.tokenize(""))]
-
-        return self.encoders.remembered(TEXT_ENCODERS[0], texts, encoded)
+        return self.encoders.asked(
+            PARTS["text"], texts, lambda: clip_text.told(request, self.tokenize, self._encode)
+        )
 
     @torch.no_grad()
     def _encode(self, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_scripts.device import Compute
+from lora_scripts.errors import WorkError
 from lora_scripts.models import components, schedule, vae_file
 from lora_scripts.models.encoders import Encoders
 from lora_scripts.models.family import Options
@@ -18,6 +20,7 @@ from lora_scripts.models.json_file import read_model_config
 from lora_scripts.models.signature import Signature
 from lora_scripts.models.single_file import Checkpoint
 
+Stamp = list[tuple[Path, int, int]]  # files, bytes, nanoseconds
 CLASSES: Mapping[str, Any] = {
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
@@ -63,9 +66,11 @@ class _Source:
         self._found = found
         self._file = Checkpoint(found) if found.layout == "ldm" else None
         self._other_vae = vae_file.find_vae(options.vae).path if options.vae is not None else None
+        self._stamps: dict[str, Stamp] = {}
 
     def part(self, name: str, dtype: torch.dtype) -> Any:
         """A component with its weights, on the CPU, in evaluation mode."""
+        self._stamps[name] = self._stamp(name)
         if name == "vae" and self._other_vae is not None:
             return vae_file.load_vae(self._other_vae, self._own_vae_config())
         if self._file is not None:
@@ -74,18 +79,37 @@ class _Source:
         return read(CLASSES[name], self._found.path / name, self._found.variant, dtype)
 
     def tensors(self, name: str, like: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The weights of an encoder once more, in float32. `like`: of their names and shapes."""
+        """The weights of an encoder once more, in float32. `like`: of their names and shapes.
+
+        Raises:
+            WorkError: if its files are not those that were read before.
+        """
+        if self._stamp(name) != self._stamps[name]:
+            changed = f"{self._place(name)}: these files have changed since the run began"
+            raise WorkError(f"{changed}; put back what was there, then the same command goes on")
         is_other_vae = name == "vae" and self._other_vae is not None
         found: Mapping[str, torch.Tensor] | None = None
         if self._file is not None and not is_other_vae:
             found = self._file.tensors(name)
         elif not is_other_vae:
-            folder, variant = self._found.path / name, self._found.variant
-            found = components.plain_tensors(folder, variant, like, torch.float32)
+            place, variant = self._place(name), self._found.variant
+            found = components.plain_tensors(place, variant, like, torch.float32)
         if found is None:
             module: nn.Module = self.part(name, torch.float32)
             found = module.state_dict()
         return found
+
+    def _place(self, name: str) -> Path:
+        """The file or folder of a component."""
+        if name == "vae" and self._other_vae is not None:
+            return self._other_vae
+        return self._found.path if self._file is not None else self._found.path / name
+
+    def _stamp(self, name: str) -> Stamp:
+        """By what a change of a component's files is noticed: their names, sizes and times."""
+        place = self._place(name)
+        files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+        return [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def _own_vae_config(self) -> Mapping[str, Any]:
         """Of the base's VAE, of which no weight is read where another takes its place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from lora_scripts.device import Compute
+from lora_scripts.errors import WorkError
 from lora_scripts.models import components, filling
 from lora_scripts.models.family import DrawRequest, ImageFamily, Options
 from lora_scripts.tasks import build
@@ -150,6 +152,27 @@ def test_where_two_files_hold_a_tensor_the_library_decides(
         for folder in (base, bases["sd1"])
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_files_that_changed_meanwhile_are_not_read(
+    base: Path, options: Options, tmp_path: Path
+) -> None:
+    """What was encoded before came from others."""
+    copy = tmp_path / "copy" / base.name
+    copy.parent.mkdir()
+    if base.is_dir():
+        shutil.copytree(base, copy)
+    else:
+        shutil.copy(base, copy)
+    family = load(copy, options, resting=True)
+    if options.vae is not None:
+        touched = Path(options.vae) / "diffusion_pytorch_model.safetensors"
+    else:
+        touched = copy / "vae" / "diffusion_pytorch_model.safetensors" if copy.is_dir() else copy
+    family.encode_image(torch.zeros(3, 64, 64))
+    os.utime(touched, (0, 0))
+    with pytest.raises(WorkError, match="these files have changed since the run began"):
+        family.encode_image(torch.zeros(3, 64, 64))
 
 
 def test_one_that_is_used_in_every_step_stays(bases: dict[str, Path]) -> None:

@@ -30,6 +30,7 @@ class Encoders:
         self._modules: dict[str, nn.Module] = {}
         self._digests: dict[str, Any] = {}
         self._kept: set[str] = set()
+        self._visiting: set[str] = set()
         self._made: dict[tuple[Hashable, ...], Any] = {}
 
     def add(self, name: str, module: nn.Module) -> None:
@@ -67,14 +68,19 @@ class Encoders:
 
     @contextmanager
     def visiting(self, *names: str) -> Iterator[None]:
-        """Parts on the device within this context; after it back where they were, or at rest."""
-        homes = {name: _device_of(self._modules[name]) for name in names}
+        """Parts on the device within this context; after it back where they were, or at rest.
+
+        A visit within a visit costs nothing: looking through a module's parts takes as long as
+        encoding a small picture."""
+        homes = {n: _device_of(self._modules[n]) for n in names if n not in self._visiting}
+        self._visiting |= homes.keys()
         try:
-            for name in names:
+            for name in homes:
                 self._wake(name)
                 self._modules[name].to(self.device)
             yield
         finally:
+            self._visiting -= homes.keys()
             for name, home in homes.items():
                 if home.type == "meta" and self.rests(name):
                     _let_go(self._modules[name])

@@ -109,6 +109,19 @@ def test_at_rest_they_take_no_memory_and_awake_they_are_the_same(
     assert bytes_held(resting) == whole
 
 
+def test_a_visit_within_a_visit_moves_nothing(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load(bases["sdxl"], Options(), resting=True)
+    with family.visiting("image"), family.visiting("text"):
+        for module in (family.vae, family.text_encoder, family.text_encoder_2):
+            monkeypatch.setattr(module, "to", None)
+        assert family.encode_image(torch.zeros(3, 64, 64))[0].any()
+        assert family.encode_prompt("a cat")["embedding"].any()
+        monkeypatch.undo()
+    assert not any(bytes_held(family).values())
+
+
 def test_of_a_folder_only_the_tensors_are_read_again(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_scripts import __version__, collector, hosts, preflight
 from lora_scripts import config as config_file
 from lora_scripts.data.rows import AnyRows
-from lora_scripts.errors import EXIT_INTERRUPTED, Problem, UserError, WorkError, user_error
+from lora_scripts.errors import EXIT_INTERRUPTED, Problem, UserError, WorkError
 from lora_scripts.logs import file_log, quiet, quiet_libraries
 from lora_scripts.processes import ALONE, Processes, joined
 from lora_scripts.schema import Config, ImageConfig, TextConfig
@@ -77,7 +77,7 @@ def _run_here(
         quiet()
     draft = config_file.read(config_path, overrides)
     rows, own = preflight.inputs(draft)
-    own = [*own, *preflight.of_processes(draft, processes)]
+    own = [*own, *preflight.of_processes(draft, processes, dry=dry)]
     problems = [*hosts.problems(draft, processes), *preflight.of_all(own, processes)]
     try:
         preflight.refuse(problems, draft)
@@ -88,8 +88,6 @@ def _run_here(
         raise SystemExit(error.exit_code) from None
     config = draft.checked()
     try:
-        if dry and processes.size > 1:
-            raise user_error("--dry-run", "tries one process; start it without torchrun")
         if dry:
             return _run_dry(config, draft.source.name, rows, problems)
         return _run(config, draft.source.name, rows, problems, processes)

@@ -111,8 +111,10 @@ def of_all(own: Sequence[Problem], processes: Processes) -> list[Problem]:
     return result
 
 
-def of_processes(draft: Draft, processes: Processes) -> list[Problem]:
-    """A base that is to be spread over several processes where there is one."""
+def of_processes(draft: Draft, processes: Processes, *, dry: bool) -> list[Problem]:
+    """A base that is to be spread over several processes where there is one; several that try."""
+    if dry and processes.size > 1:
+        return [Problem("--dry-run", "tries one process; start it without torchrun")]
     if draft.values.get("distributed") != "fsdp" or processes.size > 1:
         return []
     what = "found fsdp, but this is one process: start it with torchrun, or leave this key out"

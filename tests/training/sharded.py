@@ -1,7 +1,5 @@
 """What each process of `test_fsdp.py` does: models computed whole, then spread over both.
 
-    torchrun --nproc_per_node 2 -m tests.training.sharded FOLDER
-
 The first one prints as JSON what each has found of each model: how far losses, gradients and
 outputs are from those of the whole model, and which share of the bytes it holds.
 """
@@ -9,7 +7,6 @@ outputs are from those of the whole model, and which share of the bytes it holds
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -147,8 +144,9 @@ def main(folder: Path, processes: Processes) -> list[Any]:
     return all_found
 
 
-if __name__ == "__main__":
+def tell(folder: Path) -> None:
+    """The work of a process. `folder`: holds a base model of each family."""
     with joined() as here:
-        every = here.gathered(main(Path(sys.argv[1]), here))
+        every = here.gathered(main(folder, here))
         if here.is_first:
             print(json.dumps([one for found in every for one in found]))

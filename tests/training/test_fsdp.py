@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from lora_scripts.device import Compute
 from lora_scripts.errors import UserError
 from lora_scripts.models.kinds import Family
 from lora_scripts.processes import Processes
-from tests import runs, text_toys
-from tests.training.test_processes import ROOT, TORCHRUN, same, trained, write
+from tests import forked, runs, text_toys
+from tests.training import sharded
+from tests.training.test_processes import same, trained, write
 
 pytestmark = [
     pytest.mark.long,
@@ -128,13 +128,7 @@ def test_a_spread_model_computes_what_it_did_with_half_its_bytes_in_each(
     bases: dict[Family, Path],
 ) -> None:
     (parent,) = {path.parent for path in bases.values()}
-    found = subprocess.run(
-        [*TORCHRUN, "--nproc_per_node", "2", "-m", "tests.training.sharded", str(parent)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stdout + found.stderr
-    told = json.loads(found.stdout.splitlines()[-1])
+    told = json.loads(forked.together(2, sharded.tell, parent).splitlines()[-1])
     assert len(told) == 2 * 10, "each process tells of each model"
     for model in told:
         assert model["apart"] <= (ROUNDING if model["model"] in bases else 0), model

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from lora_scripts import pipeline, pulse
+from lora_scripts.errors import UserError
 from lora_scripts.pulse import Work
 from lora_scripts.training import checkpoint
-from tests import runs, text_toys, toys
+from tests import forked, runs, text_toys, toys
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -50,10 +51,21 @@ def train(
 
 
 def trained(config: Path, processes: int, *overrides: str) -> str:
-    """What a run says that ends well; one process alone is this one."""
+    """What a run says that ends well; one process alone is this one, several are forked."""
     if processes == 1:
         assert pipeline.run(config, overrides) == pipeline.EXIT_DONE
         return ""
+    return forked_run(config, processes, *overrides)
+
+
+def forked_run(config: Path, processes: int, *overrides: str, code: int = 0) -> str:
+    """What a run says that ends with this code, all of its processes forked."""
+    arguments = ["train", "--config", str(config), *overrides]
+    return forked.together(processes, forked.command, arguments, code=code)
+
+
+def trained_by_torchrun(config: Path, processes: int, *overrides: str) -> str:
+    """The same by the command as people type it."""
     run = train(config, processes, *overrides)
     said, errors = run.communicate(timeout=300)
     assert run.returncode == 0, said + errors
@@ -92,7 +104,8 @@ def same(one: Path, several: Path) -> None:
 
 def test_two_processes_train_on_text_as_one_does(tmp_path: Path, texts: dict[str, Any]) -> None:
     trained(write(tmp_path, "one", texts), 1)
-    said = trained(write(tmp_path, "two", texts, gradient_accumulation_steps=2), 2)
+    config = write(tmp_path, "two", texts, gradient_accumulation_steps=2)
+    said = trained_by_torchrun(config, 2)
     same(tmp_path / "one", tmp_path / "two")
     assert said.count("Done in") == said.count("Trainable:") == 1, "each tells it"
     assert "6 steps of up to 4 samples" in said
@@ -121,9 +134,7 @@ def test_another_number_of_processes_goes_on_with_steps_of_as_many_samples(
     trained(write(tmp_path, "whole", texts, **accumulated(first)), first[0])
     parts = write(tmp_path, "parts", texts, **accumulated(first))
     trained(parts, first[0], "max_train_steps=2")
-    run = train(parts, then[0], f"{ACCUMULATION}={then[1]}")
-    said, errors = run.communicate(timeout=300)
-    assert run.returncode == 0, said + errors
+    said = forked_run(parts, then[0], f"{ACCUMULATION}={then[1]}")
     assert "step-000002" in said
     same(tmp_path / "whole", tmp_path / "parts")
 
@@ -136,10 +147,9 @@ def accumulated(counts: tuple[int, int]) -> dict[str, Any]:
 def test_steps_of_more_or_less_samples_are_refused(tmp_path: Path, texts: dict[str, Any]) -> None:
     run = write(tmp_path, "run", texts, gradient_accumulation_steps=4)
     trained(run, 2, "max_train_steps=1")
-    process = train(run, 1)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    told = " ".join(errors.split())
+    with pytest.raises(UserError) as caught:
+        pipeline.run(run)
+    told = " ".join(str(caught.value).split())
     assert "found 4, but step-000001 was trained with 2 processes × 4: with 1 process set" in told
     assert "gradient_accumulation_steps: 8" in told
     assert runs.metrics(tmp_path / "run")[-1]["step"] == 1, "nothing was written"
@@ -221,17 +231,13 @@ def test_all_stop_after_the_same_step_and_go_on_to_the_same_bits(
 
 
 def test_a_problem_that_all_have_is_told_once(tmp_path: Path, texts: dict[str, Any]) -> None:
-    run = train(write(tmp_path, "wrong", texts, lora_rank=0), 2)
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert errors.count("lora_rank") == 1
+    said = forked_run(write(tmp_path, "wrong", texts, lora_rank=0), 2, code=2)
+    assert said.count("lora_rank") == 1
 
 
 def test_a_dry_run_of_several_is_refused(tmp_path: Path, texts: dict[str, Any]) -> None:
-    run = train(write(tmp_path, "dry", texts), 2, "--dry-run")
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert errors.count("--dry-run: tries one process; start it without torchrun") == 1
+    said = forked_run(write(tmp_path, "dry", texts), 2, "--dry-run", code=2)
+    assert said.count("--dry-run: tries one process; start it without torchrun") == 1
 
 
 def test_work_that_takes_far_longer_than_before_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,11 +97,12 @@ def make() -> None:
 
 def measure() -> None:
     """Go the road of `train` with a config, print the figures."""
-    from lora_scripts import config, preflight
+    from lora_scripts import config, pipeline, preflight
     from lora_scripts.logs import quiet_libraries
 
     size, path = int(sys.argv[1]), Path(sys.argv[2])
     if sys.argv[3] == "True":
+        pipeline._import_libraries(config.read(path, []).checked())  # they are not to be counted
         tracemalloc.start()
     found: dict[str, Any] = {"rows": size}
     draft = config.read(path, [])

@@ -46,7 +46,7 @@ class Inputs:
 
     rows: AnyRows
     problems: list[Problem]
-    looks: list[Look]
+    looks: Sequence[Look]
 
 
 def inputs(draft: Draft) -> tuple[AnyRows, list[Problem]]:
@@ -86,7 +86,7 @@ def look(draft: Draft) -> Inputs:
         found_in_data += row_problems
         parts.append((found, dataset))
     rows: AnyRows = Rows(parts)
-    looks: list[Look] = []
+    looks: Sequence[Look] = []
     if is_text:
         try:
             found_in_data += text_checks.check(rows, cache_dir)

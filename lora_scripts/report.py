@@ -97,17 +97,17 @@ def of_pictures(
     """Figures of at least one picture, all of them good."""
     sizes = fitting.sizes_of(config)
     dealt = Counter(sizes[buckets.assign(look.size, sizes)] for look in looks)
-    texts = [text for record, _ in rows for text in record.captions]
-    prompts = [composed(t, config, data.role) for record, data in rows for t in record.captions]
-    tags = Counter(tag for text in texts for tag in _tags(text))
+    prompts = (composed(t, config, data.role) for record, data in rows for t in record.captions)
+    tokens = [each.tokens for each in read(prompts)]
+    tags = Counter(tag for record, _ in rows for text in record.captions for tag in _tags(text))
     return Report(
         pictures=len(rows),
-        captions=len(texts),
+        captions=len(tokens),
         roles=dict(Counter(dataset.role for _, dataset in rows)),
         width=Spread.of([look.size[0] for look in looks]),
         height=Spread.of([look.size[1] for look in looks]),
         buckets=[Bucket(*size, dealt[size]) for size in sizes if dealt[size]],
-        tokens=Spread.of([each.tokens for each in read(prompts)]),
+        tokens=Spread.of(tokens),
         tags={tag: number for tag, number in tags.most_common(TAGS) if number > 1},
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lora_scripts.data.captions import compose, holds_word
@@ -16,7 +16,6 @@ from lora_scripts.data.records import Record
 from lora_scripts.errors import Problem
 from lora_scripts.schema import ImageConfig, ImageDataset
 
-REPEATED = 0.5  # a caption of more than so many of the pictures is remarked on
 FEWEST = 4  # of fewer pictures nothing is said of their captions together
 _LOST_SHOWN = 100  # characters of what is cut off
 
@@ -30,7 +29,7 @@ class Reading(NamedTuple):
     cut_at: int | None
 
 
-Read = Callable[[Sequence[str]], list[Reading]]
+Read = Callable[[Iterable[str]], Iterator[Reading]]
 
 
 def composed(caption: str, config: ImageConfig, role: str) -> str:
@@ -52,26 +51,34 @@ def check(rows: Sequence[Row], config: ImageConfig, read: Read) -> list[Problem]
     """Warnings of captions, in the order of the rows; last what concerns all of them.
 
     Args:
-        rows: Records and the datasets they stand in.
+        rows: Records and the datasets they stand in; gone through several times.
         config: Of the run.
         read: How the base model's tokenizer reads prompts.
     """
-    learned = [(r, text) for r, data in rows if data.role == "train" for text in r.captions]
     return [
         *_cut(rows, config, read),
         *_unreadable(rows),
-        *_without_trigger([pair for pair in learned if pair[1].strip()], config),
-        *_repeated([(record, text.strip()) for record, text in learned if text.strip()]),
+        *_without_trigger(rows, config),
+        *_repeated(rows),
     ]
 
 
+def _learned(rows: Sequence[Row]) -> Iterator[tuple[Record, str]]:
+    """Captions that are not blank, of pictures that are learned."""
+    for record, dataset in rows:
+        if dataset.role == "train":
+            yield from ((record, text) for text in record.captions if text.strip())
+
+
 def _cut(rows: Sequence[Row], config: ImageConfig, read: Read) -> list[Problem]:
-    captions = [(record, composed(text, config, dataset.role))
-                for record, dataset in rows for text in record.captions]  # fmt: skip
-    prompts = [prompt for _, prompt in captions]
+    def prompts() -> Iterator[tuple[Record, str]]:
+        for record, dataset in rows:
+            yield from ((record, composed(t, config, dataset.role)) for t in record.captions)
+
     varied = "; as the tags are shuffled, other ones each time" if config.shuffle_tags else ""
     problems = []
-    for (record, prompt), reading in zip(captions, read(prompts), strict=True):
+    readings = read(prompt for _, prompt in prompts())
+    for (record, prompt), reading in zip(prompts(), readings, strict=True):
         if reading.cut_at is None:
             continue
         lost = shorten(prompt[reading.cut_at :].strip(" ,"), _LOST_SHOWN)
@@ -99,40 +106,52 @@ def _unreadable(rows: Sequence[Row]) -> list[Problem]:
     return problems
 
 
-def _without_trigger(captions: Sequence[tuple[Record, str]], config: ImageConfig) -> list[Problem]:
+def _without_trigger(rows: Sequence[Row], config: ImageConfig) -> list[Problem]:
     """Captions that lack the trigger word where others hold it: often a typing mistake."""
     word = config.trigger_word
     if word is None:
         return []
-    lacks = [
-        record
-        for record, text in captions
-        if not holds_word(config.caption_prefix + text + config.caption_suffix, word)
-    ]
-    holding = len(captions) - len(lacks)
+
+    def holds(text: str) -> bool:
+        return holds_word(config.caption_prefix + text + config.caption_suffix, word)
+
+    holding = total = 0
+    for _, text in _learned(rows):
+        holding, total = holding + holds(text), total + 1
     if not holding:
         return []
     return [
         Problem(
             record.where,
             f"{show(word)} (trigger_word) is missing here, and stands in {holding} of "
-            f"{len(captions)} captions; it is put in front. Is it mistyped?",
+            f"{total} captions; it is put in front. Is it mistyped?",
             "warning",
             "trigger-word",
         )
-        for record in lacks
+        for record, text in _learned(rows)
+        if not holds(text)
     ]
 
 
-def _repeated(captions: Sequence[tuple[Record, str]]) -> list[Problem]:
-    if len(captions) < FEWEST:
+def _repeated(rows: Sequence[Row]) -> list[Problem]:
+    """A caption that more than half of the pictures have.
+
+    Found by voting (Boyer and Moore, "MJRTY", 1981): whoever has a majority is left in the end.
+    """
+    text, lead = "", 0
+    for _, caption in _learned(rows):
+        if lead == 0:
+            text = caption.strip()
+        lead += 1 if caption.strip() == text else -1
+    same = [0, 0]  # other captions, this one
+    for _, caption in _learned(rows):
+        same[caption.strip() == text] += 1
+    times, total = same[1], sum(same)
+    if total < FEWEST or times <= total / 2:
         return []
-    ((text, times),) = Counter(text for _, text in captions).most_common(1)
-    if times <= REPEATED * len(captions):
-        return []
-    first = next(record for record, caption in captions if caption == text)
+    first = next(record for record, caption in _learned(rows) if caption.strip() == text)
     what = (
-        f"{times} of {len(captions)} captions are {show(text)}: what the pictures differ in has no "
+        f"{times} of {total} captions are {show(text)}: what the pictures differ in has no "
         "word of its own and is learned with these. Describe each picture"
     )
     return [Problem(first.where, what, "warning", "repeated-caption")]

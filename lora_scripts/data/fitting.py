@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from lora_scripts.data import buckets
 from lora_scripts.data.buckets import Size
@@ -20,19 +20,16 @@ def sizes_of(config: ImageConfig) -> list[Size]:
     return buckets.bucket_sizes(config.resolution, config.bucket_step)
 
 
-def check(
-    places: Sequence[tuple[str, str]], sizes: Sequence[Size], config: ImageConfig
-) -> list[Problem]:
+def check(pictures: Iterable[tuple[str, str, Size]], config: ImageConfig) -> list[Problem]:
     """Warnings of pictures that are smaller than their bucket, and of those much cut to fit it.
 
     Args:
-        places: Of each picture its path, and the place that names it.
-        sizes: (width, height) of each, upright.
+        pictures: Of each its path, the place that names it, and its (width, height), upright.
         config: Of the run, for its buckets.
     """
     trained_at = sizes_of(config)
     problems = []
-    for (path, place), size in zip(places, sizes, strict=True):
+    for path, place, size in pictures:
         bucket = trained_at[buckets.assign(size, trained_at)]
         scaled = buckets.scaled_to_cover(size, bucket)
         factor = scaled[0] / size[0]

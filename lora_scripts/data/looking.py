@@ -6,13 +6,14 @@ result is a function of the file's bytes alone and is remembered (`picture_memor
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import PIL
 from PIL import Image, ImageFile
@@ -22,12 +23,14 @@ from PIL.WebPImagePlugin import WebPImageFile
 from lora_scripts.data import pixels
 from lora_scripts.data.buckets import Size
 from lora_scripts.data.picture_memory import PictureMemory
+from lora_scripts.data.spool import Stored
 from lora_scripts.errors import UserError
 from lora_scripts.files import file_hash
 
 DECODER = f"Pillow {PIL.__version__}"  # other versions may judge otherwise
 LARGE = 50  # megapixels that are remarked on; Pillow refuses more than 179
 COLOURS = 8  # side of the tiny copy that keeps a picture's colours
+_AT_ONCE = 512  # pictures that are asked for in the memory in one go
 _CHUNK = 64  # pictures between two writes to the memory
 _PATTERN_SIDE = 128  # the perceptual hash looks at 32 x 32 points; more than this changes nothing
 
@@ -76,17 +79,41 @@ class Look:
         )
 
 
-def look_at_all(paths: Sequence[Path], memory: PictureMemory, progress: Progress) -> list[Look]:
-    """What each file is. Only files that are not remembered are read, and decoded in threads."""
-    known = recall(paths, memory)
-    unknown = [path for path in dict.fromkeys(paths) if path not in known]
-    done = len(paths) - len(unknown)
+class Looks(Stored[Look]):
+    """Looks at pictures, on disk."""
+
+    def add(self, look: Look) -> None:
+        """Put one at the end."""
+        self._values.append([look.content, look.to_text()])
+
+    def _made(self, value: Any) -> Look:
+        return Look.from_text(*value)
+
+
+def look_at_all(
+    paths: Iterable[Path],
+    total: int,
+    memory: PictureMemory,
+    progress: Progress,
+    folder: Path | None = None,
+) -> Looks:
+    """What each file is. Only files that are not remembered are read, and decoded in threads.
+
+    `total`: how many paths there are; `folder`: near which the looks are put on disk.
+    """
+    looks, left = Looks(folder), iter(paths)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for chunk in _chunks(unknown):
-            known |= _look_at_chunk(chunk, memory, pool)
-            done += len(chunk)
-            progress(done, len(paths))
-    return [known[path] for path in paths]
+        while some := list(itertools.islice(left, _AT_ONCE)):
+            known = recall(some, memory)
+            unknown = [path for path in dict.fromkeys(some) if path not in known]
+            done = len(looks) + len(some) - len(unknown)
+            for chunk in _chunks(unknown):
+                known |= _look_at_chunk(chunk, memory, pool)
+                done += len(chunk)
+                progress(done, total)
+            for path in some:
+                looks.add(known[path])
+    return looks
 
 
 def recall(paths: Sequence[Path], memory: PictureMemory) -> dict[Path, Look]:

@@ -7,8 +7,6 @@ hash alone takes drawings of one layout in other colours for the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +17,7 @@ BITS = 8
 COLOUR_STEPS = 20
 
 
-def groups(patterns: Sequence[int], colours: Sequence[str]) -> list[list[int]]:
+def groups(hashes_N: NDArray[np.uint64], colours_NC: NDArray[np.uint8]) -> list[list[int]]:
     """Indices of pictures that are nearly the same, each group in ascending order.
 
     A picture belongs to the first one that it is like, so that a long series in which each is like
@@ -27,10 +25,9 @@ def groups(patterns: Sequence[int], colours: Sequence[str]) -> list[list[int]]:
     time of comparing all with all: half a second for 10,000.
 
     Args:
-        patterns: 64-bit hashes.
-        colours: 8 x 8 RGB pixels of each, as hexadecimal digits.
+        hashes_N: Of the pictures.
+        colours_NC: 8 x 8 RGB pixels of each.
     """
-    hashes_N = np.array(patterns, dtype=np.uint64)
     free_N = np.ones(len(hashes_N), dtype=bool)
     found = []
     for first in range(len(hashes_N)):
@@ -39,17 +36,12 @@ def groups(patterns: Sequence[int], colours: Sequence[str]) -> list[list[int]]:
         after = np.flatnonzero(free_N[first + 1 :]) + first + 1
         differing = np.bitwise_count(hashes_N[after] ^ hashes_N[first])
         likely = after[differing <= BITS]
-        alike = [int(i) for i in likely if _colour_distance(colours, first, int(i)) <= COLOUR_STEPS]
+        alike = [i for i in likely.tolist() if _distance(colours_NC, first, i) <= COLOUR_STEPS]
         if alike:
             free_N[alike] = False
             found.append([first, *alike])
     return found
 
 
-def _colour_distance(colours: Sequence[str], first: int, second: int) -> float:
-    difference = _levels(colours[first]) - _levels(colours[second])
-    return float(np.abs(difference).mean())
-
-
-def _levels(colours: str) -> NDArray[np.int16]:
-    return np.frombuffer(bytes.fromhex(colours), dtype=np.uint8).astype(np.int16)
+def _distance(colours_NC: NDArray[np.uint8], first: int, second: int) -> float:
+    return float(np.abs(colours_NC[first].astype(np.int16) - colours_NC[second]).mean())

@@ -20,7 +20,7 @@ from typing import IO, Any, Generic, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-IN_MEMORY = 1 << 20  # bytes
+IN_MEMORY = 1 << 16  # bytes
 _BLOCK = 1 << 20  # bytes read or written at once
 Item = TypeVar("Item")
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from lora_scripts.data import near_duplicates
+from lora_scripts.data.duplicates import Indices, runs
 from lora_scripts.data.image_folder import FORMATS
-from lora_scripts.data.looking import Look
+from lora_scripts.data.looking import COLOURS, Look
 from lora_scripts.data.reading import shorten
 from lora_scripts.data.records import Record
+from lora_scripts.data.spool import table
 from lora_scripts.errors import Problem
 from lora_scripts.schema import ImageDataset
 
@@ -16,17 +21,17 @@ Row = tuple[Record, ImageDataset]
 _NAMED = 20  # of a group of pictures that are alike
 
 
-def check(rows: Sequence[Row], looks: Sequence[Look]) -> list[Problem]:
+def check(rows: Sequence[Row], looks: Sequence[Look], folder: Path | None = None) -> list[Problem]:
     """Everything wrong with the image files, in the order of the rows; then copies.
 
     Errors: a file that is not there, is no image, is damaged or cut short, is too large to be
     decoded safely. Warnings: what is odd about a file, an extension that does not fit its content,
     files of the same content, pictures that are nearly the same. A `Problem`'s place is the image;
-    its text ends with the record's own place.
+    its text ends with the record's own place. Near `folder` lies on disk what would take much
+    memory.
     """
     problems: list[Problem] = []
-    good: list[tuple[Row, Look]] = []
-    for (record, dataset), look in zip(rows, looks, strict=True):
+    for (record, _), look in zip(rows, looks, strict=True):
         where, place = str(record.path), f" ({record.where})"
         if look.error is not None:
             kind, what = look.error
@@ -34,9 +39,12 @@ def check(rows: Sequence[Row], looks: Sequence[Look]) -> list[Problem]:
             continue
         for kind, what in (*look.remarks, *_misnamed(record, look)):
             problems.append(Problem(where, what + place, "warning", kind))
-        good.append(((record, dataset), look))
-    first, copies = _copies(good)
-    return problems + copies + _near_copies(first)
+    good = np.fromiter((n for n, look in enumerate(looks) if look.error is None), np.int32)
+    first_of = _first_of_content(looks, len(good))
+    is_first = first_of == np.arange(len(good))
+    repeated = zip(good[~is_first].tolist(), good[first_of[~is_first]].tolist(), strict=True)
+    copies = [_copy(rows[number], rows[earlier]) for number, earlier in repeated]
+    return problems + copies + _near_copies(rows, looks, good[is_first], folder)
 
 
 def _misnamed(record: Record, look: Look) -> list[tuple[str, str]]:
@@ -48,30 +56,33 @@ def _misnamed(record: Record, look: Look) -> list[tuple[str, str]]:
     return [("content-extension", what)]
 
 
-def _copies(good: Sequence[tuple[Row, Look]]) -> tuple[list[tuple[Row, Look]], list[Problem]]:
-    """The first picture of each content, and a warning for each that repeats one of them."""
-    first: dict[str, tuple[Row, Look]] = {}
-    problems = []
-    for row, look in good:
-        (earlier, earlier_data), _ = first.setdefault(look.content, (row, look))
-        record, dataset = row
-        if earlier is record:
-            continue
-        same = f"the same image as {earlier.path} ({earlier.where}), byte for byte; "
-        kind, why = _why(earlier_data.role, dataset.role, "it counts twice. Remove one")
-        problems.append(Problem(str(record.path), f"{same}{why} ({record.where})", "warning", kind))
-    return list(first.values()), problems
+def _first_of_content(looks: Sequence[Look], count: int) -> Indices:
+    """Of each good picture the first good one of the same content."""
+    keys = (int(look.content[:16], 16) for look in looks if look.error is None)
+    return runs(np.fromiter(keys, np.uint64, count))[1]
 
 
-def _near_copies(different: Sequence[tuple[Row, Look]]) -> list[Problem]:
-    looks = [look for _, look in different]
+def _copy(row: Row, earlier: Row) -> Problem:
+    """That a picture is one that came before."""
+    (record, dataset), (first, first_data) = row, earlier
+    same = f"the same image as {first.path} ({first.where}), byte for byte; "
+    kind, why = _why(first_data.role, dataset.role, "it counts twice. Remove one")
+    return Problem(str(record.path), f"{same}{why} ({record.where})", "warning", kind)
+
+
+def _near_copies(
+    rows: Sequence[Row], looks: Sequence[Look], different: Indices, folder: Path | None
+) -> list[Problem]:
+    hashes_N = np.empty(len(different), np.uint64)
+    colours_NC = table((len(different), COLOURS * COLOURS * 3), np.uint8, folder)
+    for place, number in enumerate(different.tolist()):
+        look = looks[number]
+        hashes_N[place] = look.pattern
+        colours_NC[place] = np.frombuffer(bytes.fromhex(look.colours), np.uint8)
     problems = []
-    for group in near_duplicates.groups(
-        [look.pattern for look in looks], [look.colours for look in looks]
-    ):
-        (record, _), _ = different[group[0]]
-        others = [different[i][0] for i in group[1:]]
-        roles = {dataset.role for _, dataset in (different[i][0] for i in group)}
+    for group in near_duplicates.groups(hashes_N, colours_NC):
+        (record, _), *others = found = [rows[number] for number in different[group].tolist()]
+        roles = {dataset.role for _, dataset in found}
         names = ", ".join(f"{shorten(other.path.name)} ({other.where})" for other, _ in
                           others[:_NAMED])  # fmt: skip
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""

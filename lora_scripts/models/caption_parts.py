@@ -6,7 +6,8 @@ parts of 75.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 TOKENS_A_PART = 75  # of max_caption_tokens
 LOOK_BACK = 10  # a part ends at the end of a word if there is one among so many of its last tokens
 WORD_END = "</w>"
+_AT_ONCE = 512  # prompts
 
 
 def split(
@@ -56,19 +58,17 @@ def _part_length(tokenizer: CLIPTokenizer, ids: Sequence[int], room: int) -> int
 
 
 def readings(
-    tokenizer: CLIPTokenizer, prompts: Sequence[str], max_tokens: int
-) -> list[tuple[int, int | None]]:
+    tokenizer: CLIPTokenizer, prompts: Iterable[str], max_tokens: int
+) -> Iterator[tuple[int, int | None]]:
     """Of each prompt the number of its tokens, and the character from which on nothing is read."""
-    if not prompts:
-        return []
-    read: Any = tokenizer(
-        list(prompts), add_special_tokens=False, verbose=False, return_offsets_mapping=True
-    )
-    found: list[tuple[int, int | None]] = []
-    for ids, places in zip(read.input_ids, read.offset_mapping, strict=True):
-        _, lost = split_ids(tokenizer, ids, max_tokens)
-        found.append((len(ids), places[len(ids) - lost][0] if lost else None))
-    return found
+    left = iter(prompts)
+    while some := list(itertools.islice(left, _AT_ONCE)):
+        read: Any = tokenizer(
+            some, add_special_tokens=False, verbose=False, return_offsets_mapping=True
+        )
+        for ids, places in zip(read.input_ids, read.offset_mapping, strict=True):
+            _, lost = split_ids(tokenizer, ids, max_tokens)
+            yield len(ids), places[len(ids) - lost][0] if lost else None
 
 
 def tokenizer_of(path: Path | None, family: Family) -> CLIPTokenizer:

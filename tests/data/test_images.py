@@ -100,7 +100,7 @@ def test_pictures_that_were_checked_are_not_read_again(
         os.utime(path, (1_600_000_000, 1_600_000_000))
     paths = sorted(folder.glob("*.png"))
     with picture_memory.opened(Path("cache")) as memory:
-        looks = looking.look_at_all(paths, memory, lambda done, total: None)
+        looks = looking.look_at_all(paths, len(paths), memory, lambda done, total: None)
 
     def refuse(path: Path) -> None:
         raise AssertionError(f"{path} was read")

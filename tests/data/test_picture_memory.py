@@ -36,7 +36,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 def look_at(paths: list[Path], cache: Path) -> list[Look]:
     with picture_memory.opened(cache) as memory:
-        return looking.look_at_all(paths, memory, lambda done, total: None)
+        return list(looking.look_at_all(paths, len(paths), memory, lambda done, total: None))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_scripts.config import Draft, schema_of
-from lora_scripts.data import conversations, pictures, records
+from lora_scripts.data import conversations, records
 from lora_scripts.data.reading import show_path
 from lora_scripts.errors import Problem
 from lora_scripts.schema import Dataset, ImageDataset, TextConfig, TextDataset
@@ -97,11 +97,11 @@ def _read(
         match dataset:
             case ImageDataset():
                 found, problems = records.read_images(
-                    dataset.path, dataset.metadata_path, dataset.caption_keys
+                    dataset.path, dataset.metadata_path, dataset.caption_keys, spool_dir
                 )
                 if not is_alone:
-                    found, problems = _with_folder(dataset.path, found, problems)
-                return pictures.Records(found, spool_dir), problems
+                    found, problems = _with_folder(dataset.path, found, problems, spool_dir)
+                return found, problems
             case TextDataset():
                 texts = conversations.read_texts(dataset.path, dataset.metadata_path, spool_dir)
                 forms = ", ".join(f"{count:,} × {form}" for form, count in texts.forms.items())
@@ -114,18 +114,18 @@ def _read(
 
 
 def _with_folder(
-    folder: Path, found: Sequence[records.Record], problems: Sequence[Problem]
-) -> tuple[list[records.Record], list[Problem]]:
+    folder: Path, found: records.Records, problems: Sequence[Problem], spool_dir: Path
+) -> tuple[records.Records, list[Problem]]:
     """Places with their folder: several may hold a `metadata.csv`."""
 
     def placed(where: str) -> str:
         known = where in ImageDataset.model_fields or Path(where).is_relative_to(folder)
         return where if known else show_path(folder / where)
 
-    return (
-        [replace(record, where=placed(record.where)) for record in found],
-        [replace(problem, where=placed(problem.where)) for problem in problems],
-    )
+    named = records.Records(spool_dir)
+    for record in found:
+        named.add(replace(record, where=placed(record.where)))
+    return named, [replace(problem, where=placed(problem.where)) for problem in problems]
 
 
 def _placed(draft: Draft, location: Location, problem: Problem) -> Problem:

@@ -6,12 +6,12 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
 from lora_scripts.data.records import Record
-from lora_scripts.data.spool import Stored, Values
+from lora_scripts.data.spool import Values
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -40,18 +40,6 @@ class Picture:
     role: str = "train"
 
 
-class Records(Stored[Record]):
-    """The records of a dataset, on disk."""
-
-    def __init__(self, records: Iterable[Record], folder: Path | None = None) -> None:
-        super().__init__(folder)
-        for record in records:
-            self._values.append(_value_of(record))
-
-    def _made(self, value: Any) -> Record:
-        return _record(value)
-
-
 class _Store:
     """All pictures of a run."""
 
@@ -65,7 +53,7 @@ class _Store:
         """Put one at the end."""
         mask = None if picture.mask is None else str(picture.mask)
         self.values.append(
-            (_value_of(picture.record), picture.captions, picture.size, picture.bucket,
+            (picture.record.to_value(), picture.captions, picture.size, picture.bucket,
              picture.weight, picture.content, mask, picture.role)
         )  # fmt: skip
         self.weights.append(picture.weight)
@@ -74,8 +62,8 @@ class _Store:
     def read(self, number: int) -> Picture:
         record, captions, size, bucket, weight, content, mask, role = self.values[number]
         return Picture(
-            _record(record), tuple(captions), (size[0], size[1]), (bucket[0], bucket[1]), weight,
-            content, None if mask is None else Path(mask), role,
+            Record.from_value(record), tuple(captions), (size[0], size[1]), (bucket[0], bucket[1]),
+            weight, content, None if mask is None else Path(mask), role,
         )  # fmt: skip
 
 
@@ -138,16 +126,3 @@ class Pictures(Sequence[Picture]):
 
     def __iter__(self) -> Iterator[Picture]:
         return (self._store.read(int(number)) for number in self.numbers)
-
-
-def _value_of(record: Record) -> tuple[Any, ...]:
-    mask = None if record.mask is None else str(record.mask)
-    path = str(record.path)
-    return path, record.caption, record.where, record.others, record.repeats, mask
-
-
-def _record(value: Any) -> Record:
-    path, caption, where, others, repeats, mask = value
-    return Record(
-        Path(path), caption, where, tuple(others), repeats, None if mask is None else Path(mask)
-    )

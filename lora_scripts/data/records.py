@@ -1,4 +1,4 @@
-"""A folder of images and its captions, read into `Record`s.
+"""A folder of images and its captions, read into `Record`s that lie on disk.
 
 Three forms are read: `metadata.csv`, `metadata.jsonl`, and a `.txt` (or `.caption`) file beside
 each image; the rows of the first two are read by `metadata`, the files beside images by `sidecars`.
@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from lora_scripts.data.csv_rows import quoted
 from lora_scripts.data.folders import refuse_link
@@ -25,6 +26,7 @@ from lora_scripts.data.metadata import READERS, Row
 from lora_scripts.data.names import Names
 from lora_scripts.data.reading import Refused, count, is_unicode, read_file, show, show_path
 from lora_scripts.data.sidecars import ignored_sidecars, label_command, read_sidecars
+from lora_scripts.data.spool import Stored
 from lora_scripts.errors import Problem
 
 _KINDS = ", ".join(SUFFIXES)
@@ -54,17 +56,47 @@ class Record:
         found = tuple(text for text in (self.caption, *self.others) if text.strip())
         return found or (self.caption,)
 
+    def to_value(self) -> tuple[Any, ...]:
+        """As JSON can hold it."""
+        mask = None if self.mask is None else str(self.mask)
+        return str(self.path), self.caption, self.where, self.others, self.repeats, mask
+
+    @classmethod
+    def from_value(cls, value: Sequence[Any]) -> Self:
+        """The reverse of `to_value`."""
+        path, caption, where, others, repeats, mask = value
+        mask = None if mask is None else Path(mask)
+        return cls(Path(path), caption, where, tuple(others), repeats, mask)
+
+
+class Records(Stored[Record]):
+    """The records of a dataset, on disk.
+
+    Never all of them in memory: for each name that a `Path` holds Python keeps a place in a table
+    that does not shrink again.
+    """
+
+    def add(self, record: Record) -> None:
+        """Put one at the end."""
+        self._values.append(record.to_value())
+
+    def _made(self, value: Any) -> Record:
+        return Record.from_value(value)
+
 
 def read_images(
-    folder: Path, metadata_path: Path | None, caption_keys: Sequence[str] | None = None
-) -> tuple[list[Record], list[Problem]]:
+    folder: Path,
+    metadata_path: Path | None,
+    caption_keys: Sequence[str] | None = None,
+    spool_dir: Path | None = None,
+) -> tuple[Records, list[Problem]]:
     """Read the images of `folder` with their captions.
 
     The captions come from `metadata_path` (`.csv` or `.jsonl`); when that is None, from
     `metadata.csv` in the folder, else from `metadata.jsonl`, else from the `.txt` or `.caption`
     file beside each image. Names in a metadata file are relative to `folder`; sub-folders are
     included, names that begin with a dot are not. `caption_keys` names the columns or keys that
-    hold captions.
+    hold captions. The records are put on disk near `spool_dir`.
 
     Where a folder without a metadata file holds images only in sub-folders named as kohya's
     scripts want them, `10_a cat`, each image counts ten times, and one without a caption file has
@@ -80,20 +112,22 @@ def read_images(
         if not any(problem.severity == "error" for problem in problems):
             what = f"no image found; expected files in {_KINDS}"
             problems.append(Problem(str(folder), what, "error", "no-images"))
-        return [], problems
+        return Records(spool_dir), problems
     try:
         metadata = _choose_metadata(folder, metadata_path)
     except Refused as refused:
-        return [], [*problems, refused.problem(show_path(metadata_path or folder))]
+        return Records(spool_dir), [*problems, refused.problem(show_path(metadata_path or folder))]
     if metadata is None:
         find_kohyas_folders(listing)
         rows, found = read_sidecars(listing)
-        records = [_record(listing, row.name, row) for row in rows]
+        records = Records(spool_dir)
+        for row in rows:
+            records.add(_record(listing, row.name, row))
         if caption_keys is not None:
             what = "needs a metadata.csv or metadata.jsonl: captions are in files beside the images"
             found.append(Problem("caption_keys", what, "error", "caption-column"))
     else:
-        records, found = _read_metadata(metadata, listing, caption_keys)
+        records, found = _read_metadata(metadata, listing, caption_keys, spool_dir)
     return records, problems + found
 
 
@@ -156,14 +190,16 @@ def _found_instead(wanted: Path, usual: Sequence[Path]) -> str:
 
 
 def _read_metadata(
-    metadata: Path, listing: ImageFolder, caption_keys: Sequence[str] | None
-) -> tuple[list[Record], list[Problem]]:
-    file = metadata.name
+    metadata: Path,
+    listing: ImageFolder,
+    caption_keys: Sequence[str] | None,
+    spool_dir: Path | None,
+) -> tuple[Records, list[Problem]]:
+    file, records = metadata.name, Records(spool_dir)
     try:
         rows = list(READERS[metadata.suffix.lower()](read_file(metadata), file, caption_keys))
     except Refused as refused:
-        return [], [refused.problem(file)]
-    records: list[Record] = []
+        return records, [refused.problem(file)]
     problems = ignored_sidecars(listing, file)
     if all(isinstance(row, Problem) and row.severity != "error" for row in rows):
         what = "there is no row in it; expected one for each image"
@@ -184,7 +220,7 @@ def _read_metadata(
         if not any(text.strip() for text in (row.caption, *row.others)):
             what = f"the caption of {show(name)} is empty"
             problems.append(Problem(row.where, what, "warning", "empty-caption"))
-        records.append(_record(listing, name, row))
+        records.add(_record(listing, name, row))
     if unnamed := [name for name in listing.images if name not in names.seen]:
         what = f"{count(unnamed, 'image')} in the folder not named in it: they are not used"
         problems.append(Problem(file, what, "warning", "image-not-named"))

@@ -174,6 +174,12 @@ class Stored(Sequence[Item], ABC, Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return map(self._made, self._values)
 
+    def __eq__(self, other: object) -> bool:
+        """As lists are equal."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 def table(shape: tuple[int, ...], dtype: npt.DTypeLike, folder: Path | None = None) -> np.ndarray:
     """Zeros to be written over, mapped from a file; what lies in them is no memory of the process.

@@ -27,7 +27,6 @@ from lora_scripts.data import (
 )
 from lora_scripts.data.chat import ChatFormat
 from lora_scripts.data.conversations import TextRecord, TextRecords, content_of
-from lora_scripts.data.pictures import Records
 from lora_scripts.data.records import read_images
 from lora_scripts.data.rows import Rows
 from lora_scripts.data.views import PictureSet
@@ -114,7 +113,7 @@ def test_a_picture_takes_a_few_bytes_when_it_is_dealt_out(
             {"base_model": "b", "train_data_dir": folder, "output_dir": "o", "resolution": 64,
              "cache_dir": tmp_path / "cache"}
         )  # fmt: skip
-        records = Records(read_images(folder, None)[0], tmp_path)
+        records, _ = read_images(folder, None, spool_dir=tmp_path)
         tracemalloc.start()
         data = images.gather(Rows([(records, config.all_datasets()[0])]), config, 8)
         planned = PictureSet.repeated(data.train).batches(2, 1, "order")

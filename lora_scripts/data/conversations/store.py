@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,6 @@ class TextRecords(Stored[TextRecord]):
     def _made(self, value: Any) -> TextRecord:
         where, messages, tools, text = value
         return TextRecord(where, tuple(messages), tuple(tools), text)
-
-    def __eq__(self, other: object) -> bool:
-        """As lists are equal."""
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def digest_of(record: TextRecord) -> bytes:

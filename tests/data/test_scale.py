@@ -18,11 +18,14 @@ from lora_scripts.data import (
     conversations,
     duplicates,
     images,
+    looking,
+    picture_memory,
     reading,
     samples,
     spool,
     text,
     text_checks,
+    validate,
     weights,
 )
 from lora_scripts.data.chat import ChatFormat
@@ -30,10 +33,11 @@ from lora_scripts.data.conversations import TextRecord, TextRecords, content_of
 from lora_scripts.data.records import read_images
 from lora_scripts.data.rows import Rows
 from lora_scripts.data.views import PictureSet
-from lora_scripts.schema import ImageConfig, TextConfig, TextDataset
+from lora_scripts.schema import ImageConfig, ImageDataset, TextConfig, TextDataset
 from tests import text_toys, toys
 
 SMALL, LARGE = 500, 3000
+MOST_CHECKED = 1000  # bytes of a picture, whose look alone takes as much
 MOST = 160  # bytes; rows kept in memory take thousands each, benchmarks/scale.py finds about 30
 
 
@@ -97,6 +101,27 @@ def test_a_row_takes_a_few_bytes_from_the_check_to_the_plan(
         assert len(rows) == len(dealt.encoding) == count and len(planned) > count // 5
     found_slopes = slopes(found, SMALL, LARGE)
     assert max(found_slopes) < MOST, found_slopes
+
+
+def test_a_picture_takes_little_while_it_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names in its folder; with records and looks in memory it was six kilobytes."""
+    monkeypatch.setattr(spool, "IN_MEMORY", 1)
+    for name, size in {"_AT_ONCE": 16, "_CHUNK": 8}.items():
+        monkeypatch.setattr(looking, name, size)
+    found: dict[int, list[int]] = {}
+    for count in (10, SMALL // 5, LARGE // 5):
+        folder = toys.save_pictures(tmp_path / str(count), count=count, side=8)
+        with picture_memory.opened(tmp_path / "cache") as memory, peak(found.setdefault(count, [])):
+            records, _ = read_images(folder, None, spool_dir=tmp_path)
+            rows = Rows([(records, ImageDataset(path=folder))])
+            paths = (record.path for record in records)
+            looks = looking.look_at_all(paths, count, memory, lambda done, total: None, tmp_path)
+            validate.check(rows, looks, tmp_path)
+        assert len(looks) == count
+    (held,) = slopes(found, SMALL // 5, LARGE // 5)
+    assert held < MOST_CHECKED, held
 
 
 def test_a_picture_takes_a_few_bytes_when_it_is_dealt_out(

@@ -87,14 +87,14 @@ def look(draft: Draft) -> Inputs:
         parts.append((found, dataset))
     rows: AnyRows = Rows(parts)
     looks: Sequence[Look] = []
-    if is_text:
-        try:
+    try:
+        if is_text:
             found_in_data += text_checks.check(rows, cache_dir)
-        except OSError as error:  # no room for what the comparison takes
-            problems.append(Problem(str(error.filename or cache_dir), f"{error.strerror}"))
-    else:
-        of_pictures, looks = picture_checks.check(rows, draft, cache_dir)
-        found_in_data += of_pictures
+        else:
+            of_pictures, looks = picture_checks.check(rows, draft, cache_dir)
+            found_in_data += of_pictures
+    except OSError as error:  # no room for what the checks put on disk
+        problems.append(Problem(str(error.filename or cache_dir), f"{error.strerror}"))
     problems += [replace(problem, kind=problem.kind or UNNAMED) for problem in found_in_data]
     return Inputs(rows, problems, looks)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from lora_scripts import config, pipeline, preflight
 from lora_scripts import environment as installed
+from lora_scripts.data import looking
 from lora_scripts.errors import UserError
 from tests import text_toys
 from tests.toys import save_pictures, write_config
@@ -326,3 +329,14 @@ def test_an_image_model_under_a_text_config_and_the_reverse(
     )  # fmt: skip
     (found,) = preflight.inputs(config.read(file))[1]
     assert "set `task_type: text-generation`" in str(found)
+
+
+def test_a_disk_without_room_for_the_checks_is_a_problem_among_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(looks: looking.Looks, look: looking.Look) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+    monkeypatch.setattr(looking.Looks, "add", full)
+    found = inputs(lora_rnk=8)
+    assert "lora_rnk" in found[0] and found[1:] == ["somewhere: No space left on device"]

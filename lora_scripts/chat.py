@@ -11,6 +11,7 @@ from typing import Any
 from lora_scripts import adapters, collector
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import user_error
+from lora_scripts.logs import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,10 @@ def run(request: ChatRequest) -> None:
     adapters.check(request.loras)
     base, found = adapters.find_base(request.loras, request.base)
     with collector.importing():
+        quiet_libraries()
         from lora_scripts import device
         from lora_scripts.data.chat import ChatFormat
-        from lora_scripts.logs import quiet_libraries
         from lora_scripts.models import causal_lm, lora
-
-        quiet_libraries()
     compute = device.choose(request.device, "auto")
     loaded = causal_lm.load(found, compute)
     model, tokenizer = loaded.model, loaded.tokenizer

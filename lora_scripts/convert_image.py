@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import WorkError, user_error
 from lora_scripts.files import replace
+from lora_scripts.logs import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +63,9 @@ def run(request: ConvertRequest) -> Path:
         UserError: if something is not there, does not fit, or is there already.
         WorkError: if what was written does not read back as it should.
     """
-    from lora_scripts.logs import quiet_libraries
+    quiet_libraries()
     from lora_scripts.models import lora_file
 
-    quiet_libraries()
     is_merge = request.form in ("merged", "single-file")
     if len(request.loras) > 1 and not is_merge:
         raise user_error("--lora", "give one; only --merge takes several")

@@ -113,6 +113,7 @@ def _said_of_files(error: OSError, output_dir: Path) -> str:
 def _import_libraries(config: Config) -> None:
     """Import at once what the stages below import where they need it: that is faster."""
     with collector.importing():
+        quiet_libraries()  # before they have something to say
         from lora_scripts import memory, telling  # noqa: F401
 
         match config:
@@ -227,7 +228,6 @@ def _prepare(config: Config, rows: AnyRows, start: Start, processes: Processes) 
     from lora_scripts.tasks import build
     from lora_scripts.training import steps
 
-    quiet_libraries()
     began = time.time()
     saved = start.checkpoint[1] if start.checkpoint else None
     precision = saved.precision if saved else config.mixed_precision

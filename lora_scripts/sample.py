@@ -14,6 +14,7 @@ from lora_scripts import collector, grid
 from lora_scripts import config as config_file
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import Problem, UserError, user_error
+from lora_scripts.logs import quiet_libraries
 from lora_scripts.models import lora_layouts
 from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import ImageConfig, SamplePrompt
@@ -81,12 +82,10 @@ def run(request: SampleRequest) -> Path:
     _check(request, config)
     sheet = _sheet(request, config)
     with collector.importing():
+        quiet_libraries()
         from lora_scripts import device
-        from lora_scripts.logs import quiet_libraries
         from lora_scripts.models import sd, sdxl  # noqa: F401
         from lora_scripts.tasks import build
-
-        quiet_libraries()
     base = request.base or (config.base_model if config else "")
     compute = device.choose(request.device, "auto")
     family = build.load_family(build.find_base(base), compute, _options(request, config))

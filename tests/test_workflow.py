@@ -79,6 +79,7 @@ def test_the_promised_workflow(tmp_path: Path) -> None:
         "tensorboard", "README.md", "checkpoints",
     }  # fmt: skip
     assert "Warning: That is little" in done.stdout
+    assert not done.stderr, "libraries chatter"
     assert "10 steps of up to 4 samples, ended by epochs" in done.stdout
     pipeline = StableDiffusionPipeline(
         **read_parts(read_signature(checkpoint), torch.float32),

@@ -22,7 +22,7 @@ from tests import runs, text_toys, toys
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 ROOT = Path(__file__).parents[1]
 STEPS = 30
-LONG_STEP = 300  # micro-batches: a step takes seconds, also on a fast machine
+LONG_STEP = 120  # micro-batches: a step takes a second or two, also on a fast machine
 
 
 @pytest.fixture(scope="module")

@@ -194,10 +194,10 @@ def stop_signals() -> Iterator[threading.Event]:
         return
 
     def stop(number: int, frame: object) -> None:
-        logger.warning("Stopping after this step; press Ctrl-C again to stop at once.")
-        stopped.set()
         for kind, handler in before.items():
-            signal.signal(kind, handler)
+            signal.signal(kind, handler)  # first of all: a second one may come while this is told
+        stopped.set()
+        logger.warning("Stopping after this step; press Ctrl-C again to stop at once.")
 
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind in before:

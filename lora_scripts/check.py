@@ -12,7 +12,7 @@ from lora_scripts import picture_checks, preflight, report
 from lora_scripts.data.caption_checks import composed
 from lora_scripts.data.rows import AnyRows
 from lora_scripts.errors import UserError, user_error
-from lora_scripts.logs import silent
+from lora_scripts.logs import quiet_libraries, silent
 from lora_scripts.schema import ImageConfig, TextConfig
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def _show_picture(config: ImageConfig, record: Record, role: str, look: Look, ro
 
 def _format(config: TextConfig) -> tuple[Any, ChatFormat]:
     """The tokenizer and the template."""
+    quiet_libraries()
     from lora_scripts.data.chat import ChatFormat
-    from lora_scripts.logs import quiet_libraries
     from lora_scripts.models import causal_lm, hub
     from lora_scripts.models.text_signature import (
         UNWANTED,
@@ -142,7 +142,6 @@ def _format(config: TextConfig) -> tuple[Any, ChatFormat]:
         read_text_signature,
     )
 
-    quiet_libraries()
     path = hub.local_path(config.base_model)
     is_here = path is not None
     if path is None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lora_scripts import adapters
 from lora_scripts.adapters import Adapter
 from lora_scripts.errors import Problem, UserError, WorkError, user_error
+from lora_scripts.logs import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +67,6 @@ def run(request: ConvertRequest) -> Path:
     output = request.output or _usual(request)
     _check_free(request.form, output)
     base, found = adapters.find_base(request.loras, request.base)
-    from lora_scripts.logs import quiet_libraries
-
     quiet_libraries()
     match request.form:
         case "merged":

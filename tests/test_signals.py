@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_scripts import pipeline
-from lora_scripts.training import checkpoint
+from lora_scripts.training import checkpoint, loop
 from tests import runs, text_toys, toys
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
@@ -157,3 +158,22 @@ def test_sigterm_before_the_first_step_is_resumable_too(llama: Path, tmp_path: P
     assert "Stopped. The same command goes on from the last checkpoint." in train.said()
     assert steps_saved(train.output) == []
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_second_ctrl_c_may_come_while_the_first_is_told() -> None:
+    class Again(logging.Handler):
+        told = 0
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.told += 1
+            if self.told == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    again, logger = Again(), logging.getLogger(loop.__name__)
+    logger.addHandler(again)
+    try:
+        with pytest.raises(KeyboardInterrupt), loop.stop_signals():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        logger.removeHandler(again)
+    assert again.told == 1

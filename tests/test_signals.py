@@ -160,7 +160,10 @@ def test_sigterm_before_the_first_step_is_resumable_too(llama: Path, tmp_path: P
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-def test_a_second_ctrl_c_may_come_while_the_first_is_told() -> None:
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_ctrl_c_may_come_while_the_first_is_told(before: Any) -> None:
+    """Also where the run was started to ignore them, as a shell does behind an `&`."""
+
     class Again(logging.Handler):
         told = 0
 
@@ -171,9 +174,12 @@ def test_a_second_ctrl_c_may_come_while_the_first_is_told() -> None:
 
     again, logger = Again(), logging.getLogger(loop.__name__)
     logger.addHandler(again)
+    usual = signal.signal(signal.SIGINT, before)
     try:
         with pytest.raises(KeyboardInterrupt), loop.stop_signals():
             signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
     finally:
+        signal.signal(signal.SIGINT, usual)
         logger.removeHandler(again)
     assert again.told == 1

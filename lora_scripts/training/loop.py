@@ -194,8 +194,9 @@ def stop_signals() -> Iterator[threading.Event]:
         return
 
     def stop(number: int, frame: object) -> None:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)  # first of all: a second one may come while this is told
+        for kind, handler in before.items():  # first of all: a second may come while this is told
+            ignored = handler is signal.SIG_IGN  # as a shell starts what is to run behind it
+            signal.signal(kind, signal.default_int_handler if ignored else handler)
         stopped.set()
         logger.warning("Stopping after this step; press Ctrl-C again to stop at once.")
 

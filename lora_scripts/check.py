@@ -121,7 +121,7 @@ def _say_ready(path: Path, found: str) -> None:
 
 def _show_picture(config: ImageConfig, record: Record, role: str, look: Look, row: int) -> None:
     width, height = look.size
-    logger.info("Row %d: %s (%d × %d), captioned as the model will read it:", row, record.path,
+    logger.info("Row %d: %s (%d × %d), captioned as the model will read it:", row, record.file,
                 width, height)  # fmt: skip
     for caption in record.captions:
         logger.info("%s", composed(caption, config, role) or "(an empty caption)")

@@ -5,22 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
+AnyPath = str | os.PathLike[str]
 REPLACE_TRIES = 10
 REPLACE_WAIT_SECONDS = 0.05
 
 
-def replace(source: Path, target: Path) -> None:
+def replace(source: AnyPath, target: AnyPath) -> None:
     """Rename over `target`. On Windows a virus scanner may hold a file for a moment: try again."""
     for attempt in range(REPLACE_TRIES):
         try:
-            source.replace(target)
+            os.replace(source, target)
             return
         except PermissionError:
             if attempt == REPLACE_TRIES - 1:
                 raise
             time.sleep(REPLACE_WAIT_SECONDS * 2**attempt)
+
+
+def remove(path: AnyPath) -> None:
+    """Remove a file if it is there."""
+    with suppress(FileNotFoundError):
+        os.remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,7 +52,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: AnyPath) -> str:
     """SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
+    with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

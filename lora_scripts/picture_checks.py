@@ -28,7 +28,7 @@ def check(rows: Sequence[Row], draft: Draft, cache_dir: Path) -> tuple[list[Prob
     # that a picture is large is a problem of ours, with its name
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with picture_memory.opened(cache_dir) as memory, _bar() as progress:
-        paths = (record.path for record, _ in rows)
+        paths = (record.file for record, _ in rows)
         looks = looking.look_at_all(paths, len(rows), memory, progress, cache_dir)
     problems = validate.check(rows, looks, cache_dir)
     if draft.values.get("masked_loss") is True:
@@ -58,7 +58,7 @@ def reader(config: ImageConfig) -> caption_checks.Read:
 
 def _fits(rows: Sequence[Row], looks: Sequence[Look], config: ImageConfig) -> list[Problem]:
     found = (
-        (str(record.path), record.where, look.size)
+        (record.file, record.where, look.size)
         for (record, _), look in zip(rows, looks, strict=True)
         if look.error is None
     )

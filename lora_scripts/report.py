@@ -149,10 +149,10 @@ def contact_sheet(rows: Sequence[Row], looks: Sequence[Look], path: Path) -> int
     labels = []
     for index in chosen:
         record, (width, height) = rows[index][0], looks[index].size
-        picture = pixels.load_rgb(record.path)
+        picture = pixels.load_rgb(record.file)
         picture.thumbnail((384, 384))
         small.append(picture)
-        labels.append([record.path.name, f"{width} x {height}", plain(record.captions[0])])
+        labels.append([record.name, f"{width} x {height}", plain(record.captions[0])])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         grid.sheet(small, labels).save(path, "PNG")

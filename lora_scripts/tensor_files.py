@@ -7,13 +7,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from lora_scripts.files import AnyPath, remove
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
@@ -24,7 +25,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: AnyPath, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors to a .safetensors file.
 
@@ -35,7 +36,7 @@ def save(
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
-        path.unlink(missing_ok=True)  # half of it
+        remove(path)  # half of it
         found = _OS_ERROR.search(str(error))
         if found is None:
             raise
@@ -53,7 +54,7 @@ class Part(NamedTuple):
     copy_to: Callable[[IO[bytes]], None]
 
 
-def save_parts(path: Path, parts: Mapping[str, Part]) -> None:
+def save_parts(path: AnyPath, parts: Mapping[str, Part]) -> None:
     """Write a .safetensors file of tensors that are never in memory whole.
 
     `parts`: those of the largest numbers first, so that all are aligned.
@@ -73,16 +74,16 @@ def save_parts(path: Path, parts: Mapping[str, Part]) -> None:
     text = json.dumps(header).encode("ascii")
     text += b" " * (-len(text) % 8)
     try:
-        with path.open("wb") as stream:
+        with open(path, "wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for part in parts.values():
                 part.copy_to(stream)
     except OSError as error:
-        path.unlink(missing_ok=True)  # half of it
+        remove(path)  # half of it
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def mapped(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+def mapped(path: AnyPath, names: Collection[str]) -> dict[str, np.ndarray]:
     """Tensors of whole numbers of a file, mapped into memory: only what is looked at is read.
 
     Raises:
@@ -90,7 +91,7 @@ def mapped(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     """
     with safe_open(path, framework="np"):
         pass  # the header is in order, and the file is as long as it says
-    with path.open("rb") as stream:
+    with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     found: dict[str, np.ndarray] = {}

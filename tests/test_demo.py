@@ -75,8 +75,8 @@ def test_the_data_are_80_stencils_and_40_other_names() -> None:
     with (DEMO / "heldout.csv").open(encoding="utf-8", newline="") as stream:
         held_out = {row["file_name"] for row in csv.DictReader(stream)}
     assert len(held_out) == 40
-    assert held_out.isdisjoint(record.path.name for record in records)
-    for path in [*(record.path for record in records), *(DEMO / "heldout_images").glob("*.png")]:
+    assert held_out.isdisjoint(record.name for record in records)
+    for path in [*(record.file for record in records), *(DEMO / "heldout_images").glob("*.png")]:
         picture = Image.open(path).convert("RGB")
         assert picture.size == (64, 64)
         red, _, blue = (torch.tensor(list(band.tobytes())).int() for band in picture.split())

@@ -12,6 +12,7 @@ import numpy as np
 from lora_scripts.data.samples import Batches
 
 Size = tuple[int, int]
+_BLOCK = 1 << 16  # samples looked at in one go
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect: float = 2.5) -> list[Size]:
@@ -81,10 +82,12 @@ def plan_batches(
     starts, stops = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     end = 0
     for bucket in np.unique(of_sample):
-        members = np.flatnonzero(of_sample == bucket).astype(np.int32)
-        rng.shuffle(members)
-        begin, end = end, end + len(members)
-        samples[begin:end] = members
+        begin = end
+        for start in range(0, len(of_sample), _BLOCK):
+            members = start + np.flatnonzero(of_sample[start : start + _BLOCK] == bucket)
+            samples[end : end + len(members)] = members
+            end += len(members)
+        rng.shuffle(samples[begin:end])
         starts.append(np.arange(begin, end, batch_size, dtype=np.int32))
         stops.append(np.minimum(starts[-1] + batch_size, end).astype(np.int32))
     order = rng.permutation(sum(map(len, starts)))

@@ -35,13 +35,13 @@ class Cache:
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder / f"{kind}-v{CACHE_VERSION}"
 
-    def path(self, key: str) -> Path:
+    def path(self, key: str) -> str:
         """Where the entry `key` lies; spread over 256 folders."""
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return os.path.join(self.folder, key[:2], f"{key}.safetensors")
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys that have no entry yet, each once, in order."""
-        return [key for key in dict.fromkeys(keys) if not self.path(key).is_file()]
+        return [key for key in dict.fromkeys(keys) if not os.path.isfile(self.path(key))]
 
     def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Store an entry; it is there whole or not at all."""
@@ -52,10 +52,10 @@ class Cache:
         """`write` of what is not in memory."""
         self._put(key, lambda path: tensor_files.save_parts(path, parts))
 
-    def _put(self, key: str, save: Callable[[Path], None]) -> None:
+    def _put(self, key: str, save: Callable[[str], None]) -> None:
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{os.path.splitext(path)[0]}.{os.getpid()}.tmp"
         save(temporary)
         replace(temporary, path)
 
@@ -86,9 +86,9 @@ class Cache:
             raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: str, error: Exception) -> UserError:
     what = f"this cache entry cannot be read ({error}); delete it, it is made again"
-    return user_error(str(path), what)
+    return user_error(path, what)
 
 
 def key_of(*parts: object) -> str:
@@ -128,17 +128,17 @@ def fill(
     `jobs` gives all of them, each time it is called; a key may come several times.
     `progress(done, total)` is called after each. Returns how many were made.
     """
-    numbers, keys = array("l"), array("Q")
-    for number, (key, _) in enumerate(jobs()):
-        if not cache.path(key).is_file():
-            numbers.append(number)
-            keys.append(int(key[:16], 16))
-    _, first = np.unique(np.frombuffer(keys, np.uint64), return_index=True)
-    missing = np.frombuffer(numbers, f"i{numbers.itemsize}")[np.sort(first)]
+    found = array("Q")
+    for key, _ in jobs():
+        if not os.path.isfile(cache.path(key)):
+            found.append(int(key[:16], 16))
+    keys = np.frombuffer(found, np.uint64)
+    keys.sort()  # in place: there may be many
+    missing = min(len(keys), 1 + int(np.count_nonzero(keys[1:] != keys[:-1])))
     done = 0
-    for number, (key, encode) in enumerate(jobs() if len(missing) else ()):
-        if done < len(missing) and number == missing[done]:
+    for key, encode in jobs() if missing else ():
+        if done < missing and not os.path.isfile(cache.path(key)):
             cache.write(key, encode())
             done += 1
-            progress(done, len(missing))
+            progress(done, missing)
     return done

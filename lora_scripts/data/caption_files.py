@@ -14,8 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from lora_scripts.data.csv_rows import CsvRow, csv_rows, quoted, split_row
-from lora_scripts.data.folders import leads_out
-from lora_scripts.data.image_folder import CAPTION_SUFFIXES, list_folder, stem
+from lora_scripts.data.folders import leads_out, stem_of
+from lora_scripts.data.image_folder import CAPTION_SUFFIXES, list_folder
 from lora_scripts.data.metadata import NAME_COLUMNS, READERS, TEXT_COLUMNS, Row
 from lora_scripts.data.reading import Refused, is_unicode, read_file, show_path, unix_lines
 from lora_scripts.errors import Problem, UserError, user_error
@@ -87,7 +87,7 @@ def _plan_metadata(path: Path, edit: Edit) -> FileEdit:
 def _plan_sidecars(folder: Path, edit: Edit) -> list[FileEdit]:
     listing = list_folder(folder)
     problems = [problem for problem in listing.problems if problem.severity == "error"]
-    keys = (stem(name) + suffix for name in listing.images for suffix in CAPTION_SUFFIXES)
+    keys = (stem_of(name) + suffix for name in listing.images for suffix in CAPTION_SUFFIXES)
     beside = dict.fromkeys(listing.captions[key] for key in keys if key in listing.captions)
     edits = []
     for name in beside:

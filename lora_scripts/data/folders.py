@@ -1,4 +1,8 @@
-"""The walk through a folder of training data, and links that lead out of it."""
+"""The walk through a folder of training data, names in it, and links that lead out of it.
+
+Names of files are texts, not `Path`s, wherever there is one for each picture: Python keeps each
+part of each `Path` in a table of its own, which does not shrink again.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +40,28 @@ def walk_files(folder: Path, things: str, problems: list[Problem]) -> Iterator[s
             if (link := Path(place, name)).is_symlink():
                 what = f"is a link to another folder, which is not followed; copy its {things} in"
                 problems.append(Problem(show_path(link), what, "warning", "linked-folder"))
+        home = Path(place).relative_to(folder)
+        inside = "" if home == Path() else f"{home.as_posix()}/"
         for name in sorted(name for name in files if not name.startswith(".")):
-            yield Path(place, name).relative_to(folder).as_posix()
+            yield inside + name
+
+
+def joined(folder: Path, name: str) -> str:
+    """The file that has this name (with forward slashes) in a folder, as `str(folder / name)`."""
+    home = "" if folder == Path() else str(folder)
+    return os.path.join(home, *name.split("/"))
+
+
+def suffix_of(name: str) -> str:
+    """As `PurePosixPath(name).suffix`."""
+    base = name.rpartition("/")[2]
+    dot = base.rfind(".")
+    return base[dot:] if 0 < dot < len(base) - 1 else ""
+
+
+def stem_of(name: str) -> str:
+    """A file's name without its suffix, its folders kept."""
+    return name.removesuffix(suffix_of(name))
 
 
 def link_problem(folder: Path, path: Path, *, thing: str, home: str) -> str | None:
@@ -67,10 +91,9 @@ def leads_out(folder: Path, name: str, thing: str, things: str) -> str | None:
         thing: What the file should be, as "caption file".
         things: What the user keeps in the folder, as "images".
     """
-    path = folder / name
-    if not path.is_symlink():
+    if not os.path.islink(joined(folder, name)):
         return None
-    return link_problem(folder, path, thing=thing, home=f"the folder of {things}")
+    return link_problem(folder, folder / name, thing=thing, home=f"the folder of {things}")
 
 
 def refuse_link(folder: Path, path: Path, things: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from lora_scripts.data.folders import leads_out, walk_files
+from lora_scripts.data.folders import joined, leads_out, stem_of, suffix_of, walk_files
 from lora_scripts.data.reading import Refused, count, is_unicode, show
 from lora_scripts.errors import Problem
 
@@ -40,10 +40,10 @@ class ImageFolder:
     repeats: dict[str, int] = field(default_factory=dict)  # kohya's sub-folders -> their number
     problems: list[Problem] = field(default_factory=list)
 
-    def mask_of(self, name: str) -> Path | None:
+    def mask_of(self, name: str) -> str | None:
         """The mask beside an image."""
-        mask = self.masks.get(stem(name))
-        return None if mask is None else self.path / mask
+        mask = self.masks.get(stem_of(name))
+        return None if mask is None else joined(self.path, mask)
 
 
 def list_folder(folder: Path) -> ImageFolder:
@@ -56,11 +56,11 @@ def list_folder(folder: Path) -> ImageFolder:
         return listing
     unread: list[str] = []
     for name in walk_files(folder, "images", listing.problems):
-        suffix = PurePosixPath(name).suffix.lower()
+        suffix = suffix_of(name).lower()
         if suffix in SUFFIXES:
             _add_image(listing, name)
         elif suffix in CAPTION_SUFFIXES:
-            _add_caption(listing, name, stem(name) + suffix)
+            _add_caption(listing, name, stem_of(name) + suffix)
         elif suffix in _UNREAD_IMAGES:
             unread.append(name)
         elif suffix in TABLE_SUFFIXES:
@@ -97,11 +97,11 @@ def _add_caption(listing: ImageFolder, name: str, key: str) -> None:
 
 def _set_masks_apart(listing: ImageFolder) -> None:
     """`NAME-masklabel.png` beside an image of that name is its mask, not an image to learn."""
-    stems = {stem(name) for name in listing.images}
+    stems = {stem_of(name) for name in listing.images}
     for name in list(listing.images):
         for end in MASK_ENDS:
-            of = stem(name).removesuffix(end)
-            if stem(name).endswith(end) and of in stems:
+            of = stem_of(name).removesuffix(end)
+            if stem_of(name).endswith(end) and of in stems:
                 listing.images.remove(name)
                 listing.masks[of] = name
     if listing.masks:
@@ -122,8 +122,3 @@ def find_kohyas_folders(listing: ImageFolder) -> None:
     if said:
         what = f"folders named as kohya's scripts want them; each image counts: {said}"
         listing.problems.append(Problem(str(listing.path), what, "note", "kohya-folders"))
-
-
-def stem(name: str) -> str:
-    """A file's name without its suffix, its folders kept."""
-    return name.removesuffix(PurePosixPath(name).suffix)

@@ -87,7 +87,7 @@ def _pictures(
     left, problems = iter(rows), list[Problem]()
     while some := list(itertools.islice(left, _AT_ONCE)):
         try:
-            found = looking.contents_and_sizes([record.path for record, _ in some], memory)
+            found = looking.contents_and_sizes([record.file for record, _ in some], memory)
         except UserError as error:
             problems += error.problems
             continue
@@ -125,7 +125,7 @@ def _drawn(train: Pictures, config: ImageConfig) -> np.ndarray:
     """Of each picture whether it is held out: a share, the least drawn."""
     # Keyed by name, so that adding a picture does not move the others between the two.
     draws = np.fromiter(
-        (seed_of(config.seed, "split", p.record.path.name, p.content) for p in train), np.int64
+        (seed_of(config.seed, "split", p.record.name, p.content) for p in train), np.int64
     )
     chosen = max(1, round(len(train) * config.validation_split))
     held_out = np.zeros(len(train), dtype=bool)
@@ -166,7 +166,7 @@ def _around_a_point(
 
 def pixels_of(view: View) -> torch.Tensor:
     """The picture cut to its bucket: float32 in [-1, 1], shape (3, height, width)."""
-    rgb = pixels.load_rgb(view.picture.record.path)
+    rgb = pixels.load_rgb(view.picture.record.file)
     array_HWC = pixels.to_bucket(rgb, view.picture.bucket, view.corner)
     if view.mirrored:
         array_HWC = np.ascontiguousarray(array_HWC[:, ::-1])
@@ -187,4 +187,4 @@ def mask_of(view: View) -> torch.Tensor:
 
 def _mask(picture: Picture) -> Image.Image:
     assert picture.mask is not None
-    return masks.load(picture.mask, is_alpha=picture.mask == picture.record.path)
+    return masks.load(picture.mask, is_alpha=picture.mask == picture.record.file)

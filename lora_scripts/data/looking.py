@@ -25,7 +25,7 @@ from lora_scripts.data.buckets import Size
 from lora_scripts.data.picture_memory import PictureMemory
 from lora_scripts.data.spool import Stored
 from lora_scripts.errors import UserError
-from lora_scripts.files import file_hash
+from lora_scripts.files import AnyPath, file_hash
 
 DECODER = f"Pillow {PIL.__version__}"  # other versions may judge otherwise
 LARGE = 50  # megapixels that are remarked on; Pillow refuses more than 179
@@ -91,7 +91,7 @@ class Looks(Stored[Look]):
 
 
 def look_at_all(
-    paths: Iterable[Path],
+    paths: Iterable[AnyPath],
     total: int,
     memory: PictureMemory,
     progress: Progress,
@@ -116,7 +116,7 @@ def look_at_all(
     return looks
 
 
-def recall(paths: Sequence[Path], memory: PictureMemory) -> dict[Path, Look]:
+def recall(paths: Sequence[AnyPath], memory: PictureMemory) -> dict[AnyPath, Look]:
     """What is remembered of files that have not changed since; reads none of them."""
     contents = memory.contents(paths)
     texts = memory.looks(set(contents.values()), DECODER)
@@ -128,7 +128,7 @@ def recall(paths: Sequence[Path], memory: PictureMemory) -> dict[Path, Look]:
 
 
 def contents_and_sizes(
-    paths: Sequence[Path], memory: PictureMemory
+    paths: Sequence[AnyPath], memory: PictureMemory
 ) -> tuple[list[str], list[Size]]:
     """SHA-256 and upright size of each file; of those not remembered the header is read.
 
@@ -149,7 +149,7 @@ def contents_and_sizes(
     return [contents[path] for path in paths], [sizes[path] for path in paths]
 
 
-def look(path: Path) -> Look:
+def look(path: AnyPath) -> Look:
     """Read and decode one file."""
     try:
         return _decoded(path, file_hash(path))
@@ -160,20 +160,20 @@ def look(path: Path) -> Look:
 # --- one chunk ------------------------------------------------------------------------------------
 
 
-def _chunks(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+def _chunks(paths: Sequence[AnyPath]) -> Iterator[Sequence[AnyPath]]:
     for start in range(0, len(paths), _CHUNK):
         yield paths[start : start + _CHUNK]
 
 
 def _look_at_chunk(
-    paths: Sequence[Path], memory: PictureMemory, pool: ThreadPoolExecutor
-) -> dict[Path, Look]:
+    paths: Sequence[AnyPath], memory: PictureMemory, pool: ThreadPoolExecutor
+) -> dict[AnyPath, Look]:
     """Hash the files; decode those whose bytes are not known under another name or time."""
     marks = {path: memory.mark(path) for path in paths}
     hashed = dict(zip(paths, pool.map(_hash, paths), strict=True))
     texts = memory.looks({each for each in hashed.values() if isinstance(each, str)}, DECODER)
 
-    def judge(path: Path) -> Look:
+    def judge(path: AnyPath) -> Look:
         content = hashed[path]
         if isinstance(content, OSError):
             return _unreadable(content)
@@ -188,7 +188,7 @@ def _look_at_chunk(
     return looks
 
 
-def _hash(path: Path) -> str | OSError:
+def _hash(path: AnyPath) -> str | OSError:
     try:
         return file_hash(path)
     except OSError as error:
@@ -201,7 +201,7 @@ def _unreadable(error: OSError) -> Look:
     return Look("", error=("unreadable-file", f"the file cannot be read ({error.strerror})"))
 
 
-def _header(path: Path) -> Size | UserError:
+def _header(path: AnyPath) -> Size | UserError:
     try:
         with pixels.open_image(path) as image:
             return pixels.upright_size(image)
@@ -212,7 +212,7 @@ def _header(path: Path) -> Size | UserError:
 # --- one picture ----------------------------------------------------------------------------------
 
 
-def _decoded(path: Path, content: str) -> Look:
+def _decoded(path: AnyPath, content: str) -> Look:
     try:
         with pixels.open_image(path) as image:
             remarks, format = tuple(_remarks(image)), image.format or ""

@@ -6,6 +6,7 @@ OneTrainer writes them) or `NAME_mask.png` beside the picture, else the picture'
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,32 +22,33 @@ from lora_scripts.data.image_folder import SUFFIXES
 from lora_scripts.data.reading import count
 from lora_scripts.data.records import Record
 from lora_scripts.errors import Problem, UserError
+from lora_scripts.files import AnyPath
 from lora_scripts.schema import ImageDataset
 
 
-def find(record: Record, dataset: ImageDataset) -> Path | None:
+def find(record: Record, dataset: ImageDataset) -> str | None:
     """The file that holds a picture's mask, the picture itself for its alpha; None without one.
 
     Raises:
         UserError: if `mask_dir` holds no mask of that name.
     """
     if dataset.mask_dir is not None:
-        inside = record.path.relative_to(dataset.path)
-        places = [(dataset.mask_dir / inside).with_suffix(suffix) for suffix in SUFFIXES]
-        for place in places:
-            if place.is_file():
+        inside = os.path.relpath(record.file, dataset.path)
+        without = os.path.join(dataset.mask_dir, os.path.splitext(inside)[0])
+        for place in (without + suffix for suffix in SUFFIXES):
+            if os.path.isfile(place):
                 _refuse_link(dataset.mask_dir, place)
                 return place
         what = f"no mask for {inside} in {dataset.mask_dir}; a white one learns all of it"
         raise UserError([Problem(record.where, what, "error", "no-mask")])
     if record.mask is not None:
         return record.mask
-    with pixels.open_image(record.path) as image:
-        return record.path if image.has_transparency_data else None
+    with pixels.open_image(record.file) as image:
+        return record.file if image.has_transparency_data else None
 
 
-def _refuse_link(folder: Path, place: Path) -> None:
-    why = link_problem(folder, place, thing="mask", home="the folder of masks")
+def _refuse_link(folder: Path, place: str) -> None:
+    why = link_problem(folder, Path(place), thing="mask", home="the folder of masks")
     if why is not None:
         raise UserError([Problem(str(place), why, "error", "link")])
 
@@ -61,7 +63,7 @@ def check(rows: Sequence[tuple[Record, ImageDataset]]) -> list[Problem]:
         found = list(pool.map(_look, looked_at))
     problems = [problem for trouble in found if trouble is not None for problem in trouble]
     without = [
-        record.path.name
+        record.name
         for (record, _), trouble in zip(looked_at, found, strict=True)
         if trouble is None
     ]
@@ -84,10 +86,10 @@ def _look(row: tuple[Record, ImageDataset]) -> list[Problem] | None:
         return error.problems
 
 
-def _trouble(record: Record, place: Path) -> list[Problem]:
-    with pixels.open_image(record.path) as image:
+def _trouble(record: Record, place: str) -> list[Problem]:
+    with pixels.open_image(record.file) as image:
         size = pixels.upright_size(image)
-    mask = load(place, is_alpha=place == record.path)
+    mask = load(place, is_alpha=place == record.file)
     if abs(mask.width * size[1] - mask.height * size[0]) > 0.01 * size[0] * size[1]:
         found = f"{mask.width}×{mask.height}"
         what = f"this mask is {found}, its picture {size[0]}×{size[1]}: another shape"
@@ -98,7 +100,7 @@ def _trouble(record: Record, place: Path) -> list[Problem]:
     return []
 
 
-def load(path: Path, *, is_alpha: bool) -> Image.Image:
+def load(path: AnyPath, *, is_alpha: bool) -> Image.Image:
     """A mask as a grey picture (mode L), upright.
 
     Raises:

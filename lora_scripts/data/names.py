@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from pathlib import PurePosixPath
 
-from lora_scripts.data.image_folder import SUFFIXES, ImageFolder, stem
+from lora_scripts.data.folders import stem_of, suffix_of
+from lora_scripts.data.image_folder import SUFFIXES, ImageFolder
 from lora_scripts.data.reading import Refused, plain, show
 
 _KINDS = ", ".join(SUFFIXES)
@@ -24,8 +24,8 @@ class Names:
         self._refused = listing.refused | dict.fromkeys(listing.masks.values(), is_mask)
         self._exact = {unicodedata.normalize("NFC", name): name for name in listing.images}
         self._folded = {name.casefold(): name for name in listing.images}
-        self._stems = {stem(name).casefold(): name for name in listing.images}
-        self._bases = {PurePosixPath(name).name.casefold(): name for name in listing.images}
+        self._stems = {stem_of(name).casefold(): name for name in listing.images}
+        self._bases = {name.rpartition("/")[2].casefold(): name for name in listing.images}
         self._guesses_left = _GUESSES
 
     def find(self, typed: str, where: str) -> str:
@@ -47,16 +47,18 @@ class Names:
 
     def _inside(self, typed: str) -> str:
         name = typed.replace("\\", "/")
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
             what = "leaves the folder of images; expected a name relative to it"
             raise Refused(f"{show(typed)} {what}", "outside-folder")
-        if path.suffix.lower() not in SUFFIXES:
-            found = f'"{plain(path.suffix)}"' if path.suffix else "none"
-            hint = self._hint(str(path))
+        named = "/".join(parts)
+        suffix = suffix_of(named)
+        if suffix.lower() not in SUFFIXES:
+            found = f'"{plain(suffix)}"' if suffix else "none"
+            hint = self._hint(named)
             what = f"{show(typed)}: extension {found}, expected one of {_KINDS}{hint}"
             raise Refused(what, "wrong-extension")
-        return str(path)
+        return named
 
     def _hint(self, name: str) -> str:
         folded = name.casefold()
@@ -64,10 +66,10 @@ class Names:
             near, why = self._folded[folded], ": upper and lower case differ"
         elif folded in self._stems:
             near, why = self._stems[folded], ": with its extension"
-        elif stem(folded) in self._stems:
-            near, why = self._stems[stem(folded)], ": the extension differs"
-        elif PurePosixPath(folded).name in self._bases:
-            near, why = self._bases[PurePosixPath(folded).name], ": in another folder"
+        elif stem_of(folded) in self._stems:
+            near, why = self._stems[stem_of(folded)], ": the extension differs"
+        elif (base := folded.rpartition("/")[2]) in self._bases:
+            near, why = self._bases[base], ": in another folder"
         elif (guess := self._guess(folded)) is not None:
             near, why = guess, ""
         else:

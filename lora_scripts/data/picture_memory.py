@@ -15,6 +15,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_scripts.files import AnyPath
+
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "pictures-v1.sqlite"
@@ -46,17 +48,17 @@ class PictureMemory:
     def __init__(self, connection: sqlite3.Connection | None) -> None:
         self._connection = connection
 
-    def mark(self, path: Path) -> Mark | None:
+    def mark(self, path: AnyPath) -> Mark | None:
         """The mark of a file; None where it could still change unseen, or cannot be looked at."""
         try:
-            found = path.stat()
+            found = os.stat(path)
         except OSError:
             return None
         if time.time() - found.st_mtime_ns / 1e9 < _SETTLED_SECONDS:
             return None
         return Mark(found.st_size, found.st_mtime_ns)
 
-    def contents(self, paths: Sequence[Path]) -> dict[Path, str]:
+    def contents(self, paths: Sequence[AnyPath]) -> dict[AnyPath, str]:
         """The hashes of those files that have not changed since they were read."""
         keys = {_key(path): path for path in paths}
         query = "SELECT path, size, changed_ns, content FROM files WHERE path IN"
@@ -72,7 +74,7 @@ class PictureMemory:
         rows = self._select(query, list(contents))
         return {content: look for content, look, by in rows if by == decoder}
 
-    def keep_contents(self, found: Mapping[Path, tuple[Mark | None, str]]) -> None:
+    def keep_contents(self, found: Mapping[AnyPath, tuple[Mark | None, str]]) -> None:
         """Remember which bytes files held when they had these marks; those without are left out."""
         rows = [
             (_key(path), *mark, content)
@@ -165,5 +167,5 @@ def _say_lost(why: str) -> None:
     logger.warning("What is found out about pictures cannot be remembered (%s)", why)
 
 
-def _key(path: Path) -> bytes:
-    return os.fsencode(path.absolute())
+def _key(path: AnyPath) -> bytes:
+    return os.fsencode(os.path.join(os.getcwd(), path))

@@ -36,7 +36,7 @@ class Picture:
     bucket: Size
     weight: float
     content: str
-    mask: Path | None = None
+    mask: str | None = None
     role: str = "train"
 
 
@@ -45,25 +45,35 @@ class _Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.values = Values(folder)
-        self.weights = array("d")
-        self.buckets = array("h")  # numbers of `sizes`
+        self._weights, self._buckets = array("H"), array("H")  # numbers of the two below
+        self.different_weights: dict[float, int] = {}
         self.sizes: dict[Size, int] = {}
 
     def add(self, picture: Picture) -> None:
         """Put one at the end."""
-        mask = None if picture.mask is None else str(picture.mask)
         self.values.append(
             (picture.record.to_value(), picture.captions, picture.size, picture.bucket,
-             picture.weight, picture.content, mask, picture.role)
+             picture.weight, picture.content, picture.mask, picture.role)
         )  # fmt: skip
-        self.weights.append(picture.weight)
-        self.buckets.append(self.sizes.setdefault(picture.bucket, len(self.sizes)))
+        known = self.different_weights
+        self._weights.append(known.setdefault(picture.weight, len(known)))
+        self._buckets.append(self.sizes.setdefault(picture.bucket, len(self.sizes)))
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of each picture the number of its weight among the different ones, uint16."""
+        return np.frombuffer(self._weights, np.uint16)
+
+    @property
+    def buckets(self) -> np.ndarray:
+        """Of each picture the number of its bucket among `sizes`, uint16."""
+        return np.frombuffer(self._buckets, np.uint16)
 
     def read(self, number: int) -> Picture:
         record, captions, size, bucket, weight, content, mask, role = self.values[number]
         return Picture(
             Record.from_value(record), tuple(captions), (size[0], size[1]), (bucket[0], bucket[1]),
-            weight, content, None if mask is None else Path(mask), role,
+            weight, content, mask, role,
         )  # fmt: skip
 
 
@@ -91,24 +101,45 @@ class Pictures(Sequence[Picture]):
         return Pictures(self._store, self.numbers[places])
 
     def joined(self, others: Pictures) -> Pictures:
-        """Those of both, which are of one run, each once, in the order in which they come."""
-        numbers = np.concatenate([self.numbers, others.numbers])
-        _, first = np.unique(numbers, return_index=True)
-        return Pictures(self._store, numbers[np.sort(first)])
+        """These, of which none comes twice, and those of the others (of the same run) that are
+        not among them, each once, in the order in which they come."""
+        is_here = np.zeros(len(self._store.values), dtype=bool)
+        is_here[self.numbers] = True
+        new = others.numbers[~is_here[others.numbers]]
+        if not len(new):
+            return self
+        _, first = np.unique(new, return_index=True)
+        return Pictures(self._store, np.concatenate([self.numbers, new[np.sort(first)]]))
 
     @property
     def weights(self) -> np.ndarray:
         """Of each its weight, float64."""
-        weights: np.ndarray = np.array(self._store.weights)[self.numbers]
+        weights: np.ndarray = self._different_weights[self._store.weights[self.numbers]]
         return weights
+
+    @property
+    def views(self) -> np.ndarray:
+        """Of each its weight rounded up, int32."""
+        rounded = np.ceil(self._different_weights).astype(np.int32)
+        views: np.ndarray = rounded[self._store.weights[self.numbers]]
+        return views
+
+    @property
+    def weights_are_whole(self) -> bool:
+        """Whether no weight has a fraction, so that all epochs show the same."""
+        return all(weight == int(weight) for weight in self._store.different_weights)
 
     @property
     def bucket_ranks(self) -> np.ndarray:
         """Of each the place of its bucket among all buckets in ascending order, int16."""
         sizes = list(self._store.sizes)  # in the order of their numbers
         ranks = np.argsort(sorted(range(len(sizes)), key=sizes.__getitem__)).astype(np.int16)
-        ranked: np.ndarray = ranks[np.array(self._store.buckets)[self.numbers]]
+        ranked: np.ndarray = ranks[self._store.buckets[self.numbers]]
         return ranked
+
+    @property
+    def _different_weights(self) -> np.ndarray:
+        return np.array(list(self._store.different_weights), np.float64)
 
     def __len__(self) -> int:
         return len(self.numbers)

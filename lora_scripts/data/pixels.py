@@ -8,7 +8,6 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from lora_scripts.data.buckets import Size, crop_box
 from lora_scripts.errors import Problem, UserError
+from lora_scripts.files import AnyPath
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")  # by content; MPO: a JPEG with further pictures
 
@@ -35,7 +35,7 @@ _PROFILE_MODES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
+def open_image(path: AnyPath) -> Iterator[ImageFile.ImageFile]:
     """Open an image, header only; errors of decoding inside the block are said to the user.
 
     Raises:
@@ -54,7 +54,7 @@ def open_image(path: Path) -> Iterator[ImageFile.ImageFile]:
         raise UserError([Problem(str(path), what, "error", kind)]) from error
 
 
-def load_rgb(path: Path) -> Image.Image:
+def load_rgb(path: AnyPath) -> Image.Image:
     """The picture in a file as RGB, 8 bits a channel, as a viewer shows it on a white page.
 
     EXIF orientation is applied. Alpha (channel, palette or one transparent colour) is blended
@@ -71,7 +71,7 @@ def load_rgb(path: Path) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def load_alpha(path: Path) -> Image.Image | None:
+def load_alpha(path: AnyPath) -> Image.Image | None:
     """The alpha channel of an image file (mode L), upright; None if there is none.
 
     Raises:
@@ -83,7 +83,7 @@ def load_alpha(path: Path) -> Image.Image | None:
 
 
 @contextmanager
-def _loaded(path: Path) -> Iterator[tuple[ImageFile.ImageFile, Image.Transpose | None]]:
+def _loaded(path: AnyPath) -> Iterator[tuple[ImageFile.ImageFile, Image.Transpose | None]]:
     """An image decoded, and how it must be turned to be upright."""
     with open_image(path) as image:
         turn = _TURNS.get(orientation(image) or 1)
@@ -103,7 +103,7 @@ def upright_size(image: ImageFile.ImageFile) -> Size:
 def orientation(image: ImageFile.ImageFile) -> int | None:
     """The EXIF orientation, 1 to 8 (1, upright, if none is given); None if EXIF is unreadable."""
     late = image.format == "PNG" and "exif" not in image.info
-    if late and (exif := _late_png_exif(Path(os.fsdecode(image.filename)))) is not None:
+    if late and (exif := _late_png_exif(os.fsdecode(image.filename))) is not None:
         image.info["exif"] = exif
     try:
         # PNG's own getexif decodes the whole picture to look for EXIF behind it
@@ -228,9 +228,9 @@ def _read_profile(profile: bytes, mode: str) -> ImageCms.ImageCmsProfile | None:
 _SAVE_AS = "save it as an 8-bit PNG, JPEG or WebP"
 
 
-def _late_png_exif(path: Path) -> bytes | None:
+def _late_png_exif(path: AnyPath) -> bytes | None:
     """EXIF behind the pixels of a PNG (some tools append it), found without decoding."""
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, name = struct.unpack(">I4s", head)
@@ -242,7 +242,7 @@ def _late_png_exif(path: Path) -> bytes | None:
     return None
 
 
-def _reason(path: Path, error: Exception) -> tuple[str, str]:
+def _reason(path: AnyPath, error: Exception) -> tuple[str, str]:
     """The kind of problem, and what the user is told."""
     text = re.sub(r"\s+", " ", str(error))
     if isinstance(error, FileNotFoundError):
@@ -255,7 +255,7 @@ def _reason(path: Path, error: Exception) -> tuple[str, str]:
             "resolution needs a few megapixels at most"
         )
         return "too-large", what
-    if path.stat().st_size == 0:
+    if os.path.getsize(path) == 0:
         return "empty-file", "the file is empty (0 bytes); replace it or remove it"
     if isinstance(error, UnidentifiedImageError):
         what = "this is not an image, or its header is damaged; replace it or remove it"

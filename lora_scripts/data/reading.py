@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_scripts.data import encodings
 from lora_scripts.errors import Problem
+from lora_scripts.files import AnyPath
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BLOCK = 1 << 20  # bytes looked at in one go
@@ -33,10 +34,11 @@ class Refused(Exception):
 # --- text -----------------------------------------------------------------------------------------
 
 
-def read_file(path: Path) -> str:
+def read_file(path: AnyPath) -> str:
     """The UTF-8 text of a file (with or without BOM), line ends as they stand. Raises `Refused`."""
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read()
     except OSError as error:
         raise Refused(f"the file cannot be read ({error.strerror})", "unreadable-file") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
@@ -112,7 +114,7 @@ def show(text: str) -> str:
     return f'"{shorten(text)}"'
 
 
-def show_path(path: Path) -> str:
+def show_path(path: AnyPath) -> str:
     """A path that can be printed on one line, whole."""
     return plain(str(path))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_scripts.data.csv_rows import quoted
-from lora_scripts.data.folders import refuse_link
+from lora_scripts.data.folders import joined, refuse_link
 from lora_scripts.data.image_folder import (
     SUFFIXES,
     ImageFolder,
@@ -37,18 +37,24 @@ class Record:
     """One image and its caption.
 
     Attributes:
+        file: Its path.
         where: The place that says so: `metadata.csv line 45`.
         others: Captions of further columns.
         repeats: How often the name of its folder (kohya's `10_name`) wants it shown.
         mask: A file `NAME-masklabel.png` or `NAME_mask.png` beside it.
     """
 
-    path: Path
+    file: str
     caption: str
     where: str
     others: tuple[str, ...] = ()
     repeats: int = 1
-    mask: Path | None = None
+    mask: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return os.path.basename(self.file)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -58,23 +64,17 @@ class Record:
 
     def to_value(self) -> tuple[Any, ...]:
         """As JSON can hold it."""
-        mask = None if self.mask is None else str(self.mask)
-        return str(self.path), self.caption, self.where, self.others, self.repeats, mask
+        return self.file, self.caption, self.where, self.others, self.repeats, self.mask
 
     @classmethod
     def from_value(cls, value: Sequence[Any]) -> Self:
         """The reverse of `to_value`."""
-        path, caption, where, others, repeats, mask = value
-        mask = None if mask is None else Path(mask)
-        return cls(Path(path), caption, where, tuple(others), repeats, mask)
+        file, caption, where, others, repeats, mask = value
+        return cls(file, caption, where, tuple(others), repeats, mask)
 
 
 class Records(Stored[Record]):
-    """The records of a dataset, on disk.
-
-    Never all of them in memory: for each name that a `Path` holds Python keeps a place in a table
-    that does not shrink again.
-    """
+    """The records of a dataset, on disk."""
 
     def add(self, record: Record) -> None:
         """Put one at the end."""
@@ -230,4 +230,4 @@ def _read_metadata(
 def _record(listing: ImageFolder, name: str, row: Row) -> Record:
     repeats = listing.repeats.get(name.split("/")[0], 1)
     mask = listing.mask_of(name)
-    return Record(listing.path / name, row.caption, row.where, row.others, repeats, mask)
+    return Record(joined(listing.path, name), row.caption, row.where, row.others, repeats, mask)

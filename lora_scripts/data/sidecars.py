@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from lora_scripts.data.image_folder import CAPTION_SUFFIXES, ImageFolder, stem
+from lora_scripts.data.folders import joined, stem_of, suffix_of
+from lora_scripts.data.image_folder import CAPTION_SUFFIXES, ImageFolder
 from lora_scripts.data.metadata import Row
 from lora_scripts.data.reading import Refused, count, read_file, show, unix_lines
 from lora_scripts.errors import Problem
@@ -31,7 +32,7 @@ def read_sidecars(listing: ImageFolder) -> tuple[list[Row], list[Problem]]:
             rows.append(Row(name, name, caption))
             continue
         try:
-            caption = unix_lines(read_file(listing.path / beside)).strip()
+            caption = unix_lines(read_file(joined(listing.path, beside))).strip()
         except Refused as refused:
             problems.append(refused.problem(beside))
             continue
@@ -60,7 +61,7 @@ def label_command(folder: Path, metadata: Path) -> str:
 
 
 def _beside(listing: ImageFolder, image: str) -> str | None:
-    keys = (stem(image) + suffix for suffix in CAPTION_SUFFIXES)
+    keys = (stem_of(image) + suffix for suffix in CAPTION_SUFFIXES)
     return next((listing.captions[key] for key in keys if key in listing.captions), None)
 
 
@@ -81,16 +82,17 @@ def _shared(listing: ImageFolder) -> list[Problem]:
 
 def _not_read(listing: ImageFolder) -> list[Problem]:
     """Files that seem to be captions, but by their names are those of no image."""
-    images = {stem(name): name for name in listing.images}
+    images = {stem_of(name): name for name in listing.images}
     found = {
         name: _hint(name, listing, images)
         for name in listing.captions.values()
-        if stem(name) not in images and PurePosixPath(name).stem.casefold() not in _NO_CAPTIONS
+        if stem_of(name) not in images
+        and stem_of(name).rpartition("/")[2].casefold() not in _NO_CAPTIONS
     }
     for name in listing.dotless:
         suffix = next(suffix for suffix in CAPTION_SUFFIXES if name.endswith(suffix[1:]))
         right = name.removesuffix(suffix[1:]) + suffix
-        if stem(right) in images:
+        if stem_of(right) in images:
             found[name] = f'the dot before "{suffix[1:]}" is missing; rename it {show(right)}'
     what = "this caption is read for no image: "
     return [
@@ -101,10 +103,10 @@ def _not_read(listing: ImageFolder) -> list[Problem]:
 
 def _hint(name: str, listing: ImageFolder, images: Mapping[str, str]) -> str:
     """What to do with a caption file that has no image."""
-    if stem(name) in listing.images:
-        right = stem(stem(name)) + PurePosixPath(name).suffix
+    if stem_of(name) in listing.images:
+        right = stem_of(stem_of(name)) + suffix_of(name)
         return f"the name of an image without its extension is needed; rename it {show(right)}"
-    folded = stem(name).casefold()
+    folded = stem_of(name).casefold()
     near = next((image for each, image in images.items() if each.casefold() == folded), None)
     if near is not None:
         return f"the nearest is {show(near)}, where upper and lower case differ"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ class Encoding:
         cut: Each row longer than `max_seq_length`, and how many tokens it lost; shape (cut, 2).
     """
 
-    path: Path
+    path: str
     ends: np.ndarray
     rows: np.ndarray
     learned: np.ndarray

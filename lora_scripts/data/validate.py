@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def check(rows: Sequence[Row], looks: Sequence[Look], folder: Path | None = None
     """
     problems: list[Problem] = []
     for (record, _), look in zip(rows, looks, strict=True):
-        where, place = str(record.path), f" ({record.where})"
+        where, place = record.file, f" ({record.where})"
         if look.error is not None:
             kind, what = look.error
             problems.append(Problem(where, what + place, "error", kind))
@@ -48,7 +49,7 @@ def check(rows: Sequence[Row], looks: Sequence[Look], folder: Path | None = None
 
 
 def _misnamed(record: Record, look: Look) -> list[tuple[str, str]]:
-    suffix = record.path.suffix
+    suffix = os.path.splitext(record.file)[1]
     if look.format in FORMATS[suffix.lower()]:
         return []
     name = "JPEG" if look.format == "MPO" else look.format
@@ -65,9 +66,9 @@ def _first_of_content(looks: Sequence[Look], count: int) -> Indices:
 def _copy(row: Row, earlier: Row) -> Problem:
     """That a picture is one that came before."""
     (record, dataset), (first, first_data) = row, earlier
-    same = f"the same image as {first.path} ({first.where}), byte for byte; "
+    same = f"the same image as {first.file} ({first.where}), byte for byte; "
     kind, why = _why(first_data.role, dataset.role, "it counts twice. Remove one")
-    return Problem(str(record.path), f"{same}{why} ({record.where})", "warning", kind)
+    return Problem(record.file, f"{same}{why} ({record.where})", "warning", kind)
 
 
 def _near_copies(
@@ -83,14 +84,14 @@ def _near_copies(
     for group in near_duplicates.groups(hashes_N, colours_NC):
         (record, _), *others = found = [rows[number] for number in different[group].tolist()]
         roles = {dataset.role for _, dataset in found}
-        names = ", ".join(f"{shorten(other.path.name)} ({other.where})" for other, _ in
+        names = ", ".join(f"{shorten(other.name)} ({other.where})" for other, _ in
                           others[:_NAMED])  # fmt: skip
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         what = "what they show counts more often than the rest. Keep the best of them"
         held = "validation" in roles and len(roles) > 1
         _, why = _why("train", "validation" if held else "train", what)
         text = f"nearly the same picture as {names}{more}; {why} ({record.where})"
-        problems.append(Problem(str(record.path), text, "warning", "near-duplicate"))
+        problems.append(Problem(record.file, text, "warning", "near-duplicate"))
     return problems
 
 

@@ -30,9 +30,12 @@ class PictureSet:
     def repeated(cls, pictures: Pictures, regularisation: Pictures | None = None) -> PictureSet:
         """Every picture as often as its weight says; both are of one run."""
         regularisation = pictures[:0] if regularisation is None else regularisation
-        slots = np.ceil(pictures.weights).astype(np.int32)
+        slots = pictures.views
         last = np.zeros(int(slots.sum()), dtype=bool)
-        last[np.cumsum(slots) - 1] = True
+        ends = np.cumsum(slots, dtype=np.int32)
+        ends -= 1
+        last[ends] = True
+        del ends
         often = np.maximum(1, np.round(regularisation.weights)).astype(np.int32)
         rounds = regularisation.take(np.repeat(np.arange(len(often), dtype=np.int32), often))
         numbers = np.arange(len(pictures), dtype=np.int32)
@@ -61,23 +64,25 @@ class PictureSet:
 
     def shown(self, epoch: int, *key: int | str) -> np.ndarray:
         """The views of an epoch in the order of their numbers, int32."""
-        weight_P = self.pictures.weights
-        times_P = weights.times(weight_P, *key, epoch=epoch)
-        full_V = (times_P >= np.ceil(weight_P))[self.picture_of_view]
-        views = np.flatnonzero(full_V | ~self.is_last).astype(np.int32)
+        views = np.arange(len(self), dtype=np.int32)
+        if not self.pictures.weights_are_whole:
+            weight_P = self.pictures.weights
+            times_P = weights.times(weight_P, *key, epoch=epoch)
+            full_V = (times_P >= np.ceil(weight_P))[self.picture_of_view]
+            views = views[full_V | ~self.is_last]
         if not len(self.regularisation):
             return views
-        kept = np.arange(len(views)) + round(epoch * weight_P.sum())
+        kept = np.arange(len(views)) + round(epoch * self.pictures.weights.sum())
         return np.concatenate([views, (len(self) + kept).astype(np.int32)])
 
     def batches(self, batch_size: int, *key: int | str, epoch: int = 0) -> Batches:
         """The epoch's views in shuffled micro-batches of one bucket each; the order is `key`'s."""
         views = self.shown(epoch, *key)
-        learned, kept = views[views < len(self)], views[views >= len(self)] - len(self)
-        ranks = self.pictures.bucket_ranks[self.picture_of_view[learned]]
-        if len(kept):
-            ranks = np.append(
-                ranks, self.regularisation.bucket_ranks[kept % len(self.regularisation)]
-            )
+        learned = int(np.searchsorted(views, len(self)))  # the others stand behind them
+        ranks = self.pictures.bucket_ranks[self.picture_of_view[views[:learned]]]
+        if learned < len(views):
+            kept = (views[learned:] - len(self)) % len(self.regularisation)
+            ranks = np.append(ranks, self.regularisation.bucket_ranks[kept])
         planned = buckets.plan_batches(ranks, batch_size, numpy_generator(*key, epoch))
-        return planned.of(views)
+        all_in_order = learned == len(views) == len(self)
+        return planned if all_in_order else planned.of(views)

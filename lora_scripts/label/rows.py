@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from lora_scripts.data.csv_rows import CsvRow, csv_rows, quoted, split_row
-from lora_scripts.data.image_folder import CAPTION_SUFFIXES, ImageFolder, stem
+from lora_scripts.data.folders import stem_of
+from lora_scripts.data.image_folder import CAPTION_SUFFIXES, ImageFolder
 from lora_scripts.data.metadata import NAME_COLUMNS, READERS, TEXT_COLUMNS, Row
 from lora_scripts.data.reading import Refused, is_unicode, read_file, show, unix_lines
 from lora_scripts.data.records import write_csv
@@ -269,13 +270,13 @@ class TextFiles:
         there = self.read()
         for name, caption in captions.items():
             if overwrite or not there.get(key(name), "").strip():
-                path = self._beside(name) or self.listing.path / f"{stem(name)}.txt"
+                path = self._beside(name) or self.listing.path / f"{stem_of(name)}.txt"
                 write_text(path, caption)
 
     def _beside(self, name: str) -> Path | None:
         """The file that holds the caption of an image now."""
-        paths = [self.listing.path / f"{stem(name)}{suffix}" for suffix in CAPTION_SUFFIXES]
-        listed = (self.listing.captions.get(stem(name) + suffix) for suffix in CAPTION_SUFFIXES)
+        paths = [self.listing.path / f"{stem_of(name)}{suffix}" for suffix in CAPTION_SUFFIXES]
+        listed = (self.listing.captions.get(stem_of(name) + suffix) for suffix in CAPTION_SUFFIXES)
         found = [self.listing.path / each for each in listed if each is not None]
         return next((path for path in [*found, *paths] if path.is_file()), None)
 
@@ -283,10 +284,10 @@ class TextFiles:
         """Images of one name but for the extension, which would have one caption between them."""
         first: dict[str, str] = {}
         for name in self.listing.images:
-            earlier = first.setdefault(stem(name), name)
+            earlier = first.setdefault(stem_of(name), name)
             if earlier != name:
                 what = (
-                    f"shares {stem(name)}.txt with {show(earlier)}; rename one of them, or write "
-                    "one file for all with --format csv"
+                    f"shares {stem_of(name)}.txt with {show(earlier)}; rename one of them, or "
+                    "write one file for all with --format csv"
                 )
                 yield Problem(show(name), what)

@@ -96,7 +96,7 @@ class DiffusionTask:
         shown = self.train_set.pictures.joined(self.train_set.regularisation)
         if self.held_out:
             shown = shown.joined(self.validation_set.pictures)
-        return ((str(p.record.path), cache.key_of(_picture_id(p))) for p in shown)
+        return ((p.record.file, cache.key_of(_picture_id(p))) for p in shown)
 
     def advice(self, steps: int, views: float) -> str | None:
         """What a person with so few steps, or views of each picture, should know."""
@@ -158,7 +158,7 @@ class DiffusionTask:
         return batch
 
     def place(self, index: int, key: Key) -> str:
-        return str(self._set_of(key).at(index).record.path)
+        return self._set_of(key).at(index).record.file
 
     def loss(self, batch: Batch, key: Key) -> Loss:
         """Squared error of noise or velocity: a mean over each latent, a weighted sum over B.

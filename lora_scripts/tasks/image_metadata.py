@@ -6,6 +6,7 @@ WebUI shows some of these: the resolution, the folders, the buckets, the tags.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 
 from lora_scripts.data.pictures import Picture, Pictures
@@ -38,7 +39,7 @@ def describe(config: ImageConfig, pictures: PictureSet) -> dict[str, str]:
 
 
 def _folder(picture: Picture) -> str:
-    return picture.record.path.parent.name
+    return os.path.basename(os.path.dirname(picture.record.file))
 
 
 def _folders(pictures: PictureSet) -> dict[str, dict[str, int]]:

@@ -182,9 +182,7 @@ class ViewReader:
             return
         raise UserError(
             [
-                Problem(
-                    str(p.mask), f"is black where {p.record.path.name} is cut to {_size(p.bucket)}"
-                )
+                Problem(str(p.mask), f"is black where {p.record.name} is cut to {_size(p.bucket)}")
                 for p in dark
             ]
         )

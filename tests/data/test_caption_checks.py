@@ -28,7 +28,7 @@ def config(**keys: object) -> ImageConfig:
 
 def found(captions: list[str], role: str = "train", **keys: object) -> list[Problem]:
     rows = [
-        (Record(Path(f"{n}.png"), text, f"metadata.csv line {n}"),
+        (Record(f"{n}.png", text, f"metadata.csv line {n}"),
          ImageDataset(path=Path("data"), role=role))
         for n, text in enumerate(captions, start=1)
     ]  # fmt: skip

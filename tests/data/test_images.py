@@ -46,11 +46,11 @@ def test_roles_and_repeats_of_several_folders(tmp_path: Path) -> None:
             {"path": str(folders["c"]), "role": "validation"},
         ]
     )
-    assert [p.record.path.parent.name for p in data.train] == ["a"] * 2 + ["b"] * 3
-    assert {p.record.path.parent.name for p in data.validation} == {"c"}
+    assert [Path(p.record.file).parent.name for p in data.train] == ["a"] * 2 + ["b"] * 3
+    assert {Path(p.record.file).parent.name for p in data.validation} == {"c"}
     views = PictureSet.repeated(data.train)
     assert len(views) == 2 * 5 + 3
-    assert [views.at(view).record.path.parent.name for view in (0, 9, 10)] == ["a", "a", "b"]
+    assert [Path(views.at(view).record.file).parent.name for view in (0, 9, 10)] == ["a", "a", "b"]
 
 
 def test_pictures_go_to_the_bucket_of_their_shape(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_split_stays_when_a_picture_is_added(tmp_path: Path) -> None:
         stream.write("new.png,new\n")
     Image.new("RGB", (64, 64), "red").save(data / "new.png")
     after = gathered(train_data_dir=str(data), validation_split=0.25)
-    names = [{p.record.path.name for p in d.validation} for d in (before, after)]
+    names = [{p.record.name for p in d.validation} for d in (before, after)]
     assert len(names[0] & names[1]) >= 4
 
 

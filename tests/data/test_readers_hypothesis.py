@@ -100,10 +100,10 @@ def read_images(folder: Path, name: str, data: bytes) -> None:
     check_problems(problems)
     assert found or any(problem.severity == "error" for problem in problems)
     for record in found:
-        assert record.path.parent == folder and record.path.name in NAMES
+        assert Path(record.file).parent == folder and record.name in NAMES
         record.caption.encode("utf-8")
         assert "\r" not in record.caption and record.where.startswith(f"{name} line ")
-    named = [record.path for record in found]
+    named = [record.file for record in found]
     assert len(set(named)) == len(named)
 
 
@@ -234,7 +234,7 @@ def test_any_captions_come_back_from_a_csv(folder: Path, captions: tuple[str, ..
     assert all(problem.kind == "empty-caption" for problem in problems), problems
     expected = [text.replace("\r\n", "\n").replace("\r", "\n") for text in captions]
     assert [record.caption for record in found] == expected
-    assert [record.path.name for record in found] == NAMES
+    assert [record.name for record in found] == NAMES
 
 
 def test_thousands_of_mutations_by_plain_chance(folder: Path) -> None:

@@ -36,7 +36,7 @@ def read(folder: Path, text: str | bytes, file: str = "metadata.csv") -> tuple[l
 
 
 def captions(records: list[Record]) -> dict[str, str]:
-    return {record.path.name: record.caption for record in records}
+    return {record.name: record.caption for record in records}
 
 
 # --- what is read -----------------------------------------------------------------------------
@@ -61,18 +61,18 @@ def test_csv(folder: Path, header: str, end: str, bom: str) -> None:
     before = header.count("\n")
     assert records == [
         Record(
-            folder / "img01.jpg",
+            str(folder / "img01.jpg"),
             "cyberpunk cityscape with neon lights",
             f"metadata.csv line {before + 1}",
         ),
-        Record(folder / "img02.png", "plain caption", f"metadata.csv line {before + 2}"),
+        Record(str(folder / "img02.png"), "plain caption", f"metadata.csv line {before + 2}"),
         Record(
-            folder / "图03.webp",
+            str(folder / "图03.webp"),
             'quoted, with a "word", and\n\nthree lines',
             f"metadata.csv line {before + 4}",
         ),
         Record(
-            folder / "sub/IMG04.JPEG",
+            str(folder / "sub/IMG04.JPEG"),
             "a space, before the quote",
             f"metadata.csv line {before + 7}",
         ),
@@ -98,8 +98,8 @@ def test_jsonl(folder: Path) -> None:
     )
     records, said = read(folder, text, "metadata.jsonl")
     assert records == [
-        Record(folder / "img01.jpg", 'a, "b"\nc', "metadata.jsonl line 1"),
-        Record(folder / "图03.webp", "猫", "metadata.jsonl line 3"),
+        Record(str(folder / "img01.jpg"), 'a, "b"\nc', "metadata.jsonl line 1"),
+        Record(str(folder / "图03.webp"), "猫", "metadata.jsonl line 3"),
     ]
     assert said.startswith('warning metadata.jsonl: not used: "score"')
 
@@ -112,11 +112,11 @@ def test_sidecars(folder: Path) -> None:
     (folder / "readme.txt").write_text("not a caption", encoding="utf-8")
     records, problems = read_images(folder, None)
     assert records == [
-        Record(folder / "img01.jpg", "一只猫, neon\nlights", "img01.txt"),
-        Record(folder / "img02.png", "a dog", "img02.caption"),
-        Record(folder / "img05.bmp", "", "img05.bmp"),
-        Record(folder / "图03.webp", "a bird", "图03.TXT"),
-        Record(folder / "sub/IMG04.JPEG", "", "sub/IMG04.txt"),
+        Record(str(folder / "img01.jpg"), "一只猫, neon\nlights", "img01.txt"),
+        Record(str(folder / "img02.png"), "a dog", "img02.caption"),
+        Record(str(folder / "img05.bmp"), "", "img05.bmp"),
+        Record(str(folder / "图03.webp"), "a bird", "图03.TXT"),
+        Record(str(folder / "sub/IMG04.JPEG"), "", "sub/IMG04.txt"),
     ]
     assert problems == [
         Problem("sub/IMG04.txt", "the caption is empty", "warning", "empty-caption"),
@@ -145,13 +145,13 @@ def test_which_file_is_read(folder: Path) -> None:
     elsewhere = folder.parent / "mine.jsonl"
     elsewhere.write_text('{"file_name": "img01.jpg", "text": "mine"}', encoding="utf-8")
     (record,), _ = read_images(folder, elsewhere)
-    assert record == Record(folder / "img01.jpg", "mine", "mine.jsonl line 1")
+    assert record == Record(str(folder / "img01.jpg"), "mine", "mine.jsonl line 1")
 
 
 def test_unicode_forms_of_one_name_are_one_name(folder: Path) -> None:
     (folder / "cafe\u0301.png").write_bytes(b"")
     records, said = read(folder, "caf\u00e9.png,x")
-    assert said == "" and len(records) == 1 and records[0].path.exists()
+    assert said == "" and len(records) == 1 and Path(records[0].file).exists()
 
 
 # --- what is refused: each fault, its line, and what is said ------------------------------------
@@ -408,9 +408,9 @@ def test_any_bytes(folder: Path, data: bytes, suffix: str) -> None:
     records, said = read(folder, data, file)
     assert records or said
     for record in records:
-        assert record.path.is_file() and record.where.startswith(f"{file} line ")
+        assert Path(record.file).is_file() and record.where.startswith(f"{file} line ")
         record.caption.encode("utf-8")
-    assert len({record.path for record in records}) == len(records)
+    assert len({record.file for record in records}) == len(records)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
@@ -481,7 +481,7 @@ def test_kohyas_folders(tmp_path: Path) -> None:
             (tmp_path / name / f"{number}.png").touch()
     (tmp_path / "3_b/1.txt").write_text("own", encoding="utf-8")
     records, problems = read_images(tmp_path, None)
-    found = [(r.path.parent.name, r.caption, r.repeats) for r in records]
+    found = [(Path(r.file).parent.name, r.caption, r.repeats) for r in records]
     assert found == [("10_a cat", "a cat", 10)] * 2 + [("3_b", "b", 3), ("3_b", "own", 3)]
     assert [problem.severity for problem in problems] == ["note"]
     assert '"10_a cat": 10 times, "3_b": 3 times' in problems[0].what

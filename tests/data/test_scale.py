@@ -116,7 +116,7 @@ def test_a_picture_takes_little_while_it_is_checked(
         with picture_memory.opened(tmp_path / "cache") as memory, peak(found.setdefault(count, [])):
             records, _ = read_images(folder, None, spool_dir=tmp_path)
             rows = Rows([(records, ImageDataset(path=folder))])
-            paths = (record.path for record in records)
+            paths = (record.file for record in records)
             looks = looking.look_at_all(paths, count, memory, lambda done, total: None, tmp_path)
             validate.check(rows, looks, tmp_path)
         assert len(looks) == count

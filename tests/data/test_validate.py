@@ -31,22 +31,22 @@ def noise(seed: int, side: int = 64) -> Image.Image:
 
 
 def records(folder: Path) -> list[Record]:
-    paths = sorted(folder.iterdir())
+    paths = [str(path) for path in sorted(folder.iterdir())]
     return [Record(path, "x", f"metadata.csv line {i}") for i, path in enumerate(paths, start=1)]
 
 
 def check(found: Sequence[Record], roles: Sequence[str] = ()) -> list[Problem]:
     """What is found in the files, read without a memory."""
-    looks = [looking.look(record.path) for record in found]
+    looks = [looking.look(record.file) for record in found]
     rows = [
-        (record, ImageDataset(path=record.path.parent, role=role))
+        (record, ImageDataset(path=Path(record.file).parent, role=role))
         for record, role in zip(found, roles or ["train"] * len(found), strict=True)
     ]
     return validate.check(rows, looks)
 
 
 def image_sizes(found: Sequence[Record]) -> list[tuple[int, int]]:
-    return contents_and_sizes([record.path for record in found], PictureMemory(None))[1]
+    return contents_and_sizes([record.file for record in found], PictureMemory(None))[1]
 
 
 def by_name(problems: Sequence[Problem]) -> dict[str, tuple[str, str]]:
@@ -98,7 +98,7 @@ def test_every_bad_file_is_reported(folder: Path) -> None:
     data = bytearray((folder / "damaged.png").read_bytes())
     data[400:420] = bytes(20)
     (folder / "damaged.png").write_bytes(data)
-    named = [*records(folder), Record(folder / "gone.png", "x", "metadata.csv line 9")]
+    named = [*records(folder), Record(str(folder / "gone.png"), "x", "metadata.csv line 9")]
     found = by_name(check(named))
     assert found["empty.png"] == (
         "error",

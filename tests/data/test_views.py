@@ -20,8 +20,7 @@ from lora_scripts.data.weights import times
 
 
 def picture(name: str, weight: float = 1.0, bucket: tuple[int, int] = (64, 64)) -> Picture:
-    path = Path(name)
-    return Picture(Record(path, name, name), (name,), bucket, bucket, weight, name)
+    return Picture(Record(name, name, name), (name,), bucket, bucket, weight, name)
 
 
 def repeated(train: list[Picture], kept: list[Picture] | None = None) -> PictureSet:
@@ -110,8 +109,8 @@ def wide(tmp_path: Path) -> Picture:
     mask = np.zeros((64, 128), np.uint8)
     mask[:, 120:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    record = Record(tmp_path / "a.png", "a", "a")
-    return Picture(record, ("a",), (128, 64), (64, 64), 1, "a", tmp_path / "mask.png")
+    record = Record(str(tmp_path / "a.png"), "a", "a")
+    return Picture(record, ("a",), (128, 64), (64, 64), 1, "a", str(tmp_path / "mask.png"))
 
 
 def test_crops_are_drawn_and_the_mask_follows(wide: Picture) -> None:

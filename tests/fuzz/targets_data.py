@@ -138,7 +138,7 @@ def _spoil_first(chance: random.Random, seeds: Sequence[Files]) -> Files:
 def _read_captions(folder: Path) -> None:
     found, problems = records.read_images(folder, None)
     for record in found:
-        assert record.path.resolve().is_relative_to(folder.resolve())
+        assert Path(record.file).resolve().is_relative_to(folder.resolve())
     _told(problems)
 
 

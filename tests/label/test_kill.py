@@ -38,7 +38,7 @@ def captioned(log: Path, names: list[str]) -> list[str]:
 def captions(folder: Path) -> dict[str, str]:
     records, problems = read_images(folder, None)
     assert [each for each in problems if each.severity == "error"] == []
-    return {record.path.name: record.caption for record in records}
+    return {record.name: record.caption for record in records}
 
 
 def finish(log: Path, arguments: list[str]) -> None:

@@ -76,7 +76,7 @@ def label_with(
 def captions(folder: Path, metadata: Path | None = None) -> dict[str, str]:
     records, problems = read_images(folder, metadata)
     assert [each for each in problems if each.severity == "error"] == []
-    return {record.path.relative_to(folder).as_posix(): record.caption for record in records}
+    return {Path(record.file).relative_to(folder).as_posix(): record.caption for record in records}
 
 
 def files(folder: Path) -> set[str]:
@@ -449,7 +449,7 @@ def test_images_that_cannot_be_read(
 
 def captions_of_rows(folder: Path) -> dict[str, str]:
     records, _ = read_images(folder, None)
-    return {record.path.name: record.caption for record in records}
+    return {record.name: record.caption for record in records}
 
 
 def test_an_image_that_the_captioner_refuses(folder: Path, blip: Path) -> None:

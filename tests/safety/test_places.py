@@ -103,7 +103,7 @@ def test_links_out_of_a_folder_of_masks_are_not_followed(tmp_path: Path, secret:
     picture(tmp_path / "outside")
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "a.png").symlink_to(tmp_path / "outside" / "a.png")
-    record = records.Record(folder / "a.png", "x", "a.png")
+    record = records.Record(str(folder / "a.png"), "x", "a.png")
     dataset = ImageDataset(path=folder, mask_dir=tmp_path / "masks")
     assert "leads out of the folder of masks" in refused(lambda: masks.find(record, dataset))
 

@@ -108,8 +108,8 @@ def test_validation_is_the_same_every_time_and_spread_over_the_schedule(
     )
     assert len(task.train_set.pictures) == 4
     assert len(task.validation_set.pictures) == 2
-    names = {p.record.path.name for p in task.train_set.pictures}
-    assert names.isdisjoint(p.record.path.name for p in task.validation_set.pictures)
+    names = {p.record.name for p in task.train_set.pictures}
+    assert names.isdisjoint(p.record.name for p in task.validation_set.pictures)
     key = Key(7, "validation", 0)
     views = range(len(task.validation_set))
     timesteps = sorted(task._draw(view, key, torch.Size([4, 8, 8]))[2] for view in views)

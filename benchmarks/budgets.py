@@ -1,4 +1,4 @@
-"""What a run on a card of 12 GiB will hold there, foretold from shapes: no card is needed.
+"""What a run on a card of 12 GiB or less will hold there, foretold from shapes: no card is needed.
 
     python -m benchmarks.budgets
 
@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,22 @@ BUDGETS = {
         {**TEXT, "quantization": "nf4", "gradient_checkpointing": True, **PROMPT},
         12 * GIB,
     ),
+    "SDXL, 1024², batch 1, checkpointing, offload": Budget(
+        "sdxl",
+        {
+            "resolution": 1024,
+            "batch_size": 1,
+            "gradient_checkpointing": True,
+            "offload": True,
+            **PROMPT,
+        },
+        6 * GIB,
+    ),
+    "Llama 8B, bf16, 2,048 tokens, checkpointing, offload": Budget(
+        "llama-8b",
+        {**TEXT, "gradient_checkpointing": True, "offload": True, **PROMPT},
+        8 * GIB,
+    ),
 }
 HEAD = """\
 | run | foretold on the card | in | of it | limit |
@@ -101,7 +117,9 @@ def foretold(folder: Path, name: str) -> Estimate:
     path.write_text("\n".join(f"{k}: {json.dumps(v)}" for k, v in keys.items()), encoding="utf-8")
     draft = read(path)
     rows, _ = preflight.inputs(draft)
-    return memory.foretell(draft.checked(), rows, CARD)
+    config = draft.checked()
+    compute = replace(CARD, sharded=config.offload, offloaded=config.offload)
+    return memory.foretell(config, rows, compute)
 
 
 # --- models without bytes -------------------------------------------------------------------------

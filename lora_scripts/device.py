@@ -26,12 +26,14 @@ class Compute:
     Attributes:
         sharded: Whether the frozen base is spread over the processes (`models/sharding.py`): all of
             them do the same passes then.
+        offloaded: Whether what this process has of a sharded base waits in RAM; it may be all.
     """
 
     device: torch.device
     precision: Precision
     processes: Processes = ALONE
     sharded: bool = False
+    offloaded: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +84,12 @@ def determinism(*, on: bool) -> Iterator[None]:
 
 
 def choose(
-    device: str, precision: str, processes: Processes = ALONE, *, sharded: bool = False
+    device: str,
+    precision: str,
+    processes: Processes = ALONE,
+    *,
+    sharded: bool = False,
+    offloaded: bool = False,
 ) -> Compute:
     """Resolve `auto`: CUDA where there is one; bf16 where it is native, else fp16 or float32.
 
@@ -104,7 +111,7 @@ def choose(
     precision = processes.told_by_first(precision)
     match precision:
         case "no" | "fp16" | "bf16":
-            return Compute(chosen, precision, processes, sharded)
+            return Compute(chosen, precision, processes, sharded or offloaded, offloaded)
         case _:
             raise ValueError(f"precision {precision!r}")
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from lora_scripts import collector, environment, outlook, preflight, report
 from lora_scripts import config as config_file
-from lora_scripts import environment, outlook, preflight, report
 from lora_scripts.data.rows import AnyRows
 from lora_scripts.environment import Finding, State
 from lora_scripts.errors import Problem, UserError
-from lora_scripts.logs import silent
+from lora_scripts.logs import quiet_libraries, silent
 from lora_scripts.processes import Processes
 from lora_scripts.schema import Config
 
@@ -88,7 +88,9 @@ def _machine(device: str = "auto") -> list[Section]:
 
         devices = [*cards.rows(device), _cpu()]
     if not broken:
-        devices.append(_ram())
+        with collector.importing():
+            quiet_libraries()  # before they have something to say
+            devices.append(_ram())
     if "huggingface_hub" not in broken:
         system += hub_rows()
     return [
@@ -190,11 +192,17 @@ def _memory(config: Config, rows: AnyRows) -> Section:
     from lora_scripts import batch_size, device, memory_check
     from lora_scripts.models import hub
 
+    if config.offload:
+        try:
+            preflight.needs_card()
+        except UserError as error:
+            mend = "leave offload out of the config"
+            return Section("Memory", [Finding("offload", error.problems[0].what, "", mend, "bad")])
     if hub.local_path(config.base_model) is None:
         unknown = Finding("memory", "not known before the base model is fetched", state="note")
         return Section("Memory", [unknown])
     try:
-        compute = device.choose(config.device, config.mixed_precision)
+        compute = device.choose(config.device, config.mixed_precision, offloaded=config.offload)
         said = []
         if config.distributed == "fsdp":
             count = max(2, torch.cuda.device_count())

@@ -132,7 +132,7 @@ def _run(
     warnings: Sequence[Problem],
     processes: Processes,
 ) -> int:
-    preflight.environment(config.device)
+    preflight.environment(config.device, offload=config.offload)
     _import_libraries(config)
 
     from lora_scripts import disk, run_folder, telling
@@ -188,7 +188,7 @@ def _train(
 
 def _run_dry(config: Config, config_name: str, rows: AnyRows, warnings: Sequence[Problem]) -> int:
     """All of a run but most of its steps, in a temporary folder."""
-    preflight.environment(config.device)
+    preflight.environment(config.device, offload=config.offload)
     _import_libraries(config)
 
     from lora_scripts import device, disk, dry_run, exhausted, run_folder
@@ -231,8 +231,10 @@ def _prepare(config: Config, rows: AnyRows, start: Start, processes: Processes) 
     began = time.time()
     saved = start.checkpoint[1] if start.checkpoint else None
     precision = saved.precision if saved else config.mixed_precision
-    sharded = config.distributed == "fsdp"
-    compute = device.choose(config.device, precision, processes, sharded=sharded)
+    compute = device.choose(
+        config.device, precision, processes,
+        sharded=config.distributed == "fsdp", offloaded=config.offload,
+    )  # fmt: skip
     automatic = config.batch_size == "auto"
     with processes.in_turn():  # rows of text are tokenised here
         config = batch_size.settle(config, rows, compute, saved.config if saved else None)
@@ -253,11 +255,11 @@ def _prepare(config: Config, rows: AnyRows, start: Start, processes: Processes) 
         with processes.in_turn():
             task.encode(telling.EncodingLog())
         task.attach()
-        if sharded:
+        if compute.sharded:
             task.shard(compute)
         seconds = 0.0
         if saved is None:  # a run that goes on has fitted before
-            may_shrink = automatic and not sharded  # all would have to try again
+            may_shrink = automatic and config.distributed != "fsdp"  # all would try again
             config, peak = batch_size.tried(task, config, compute, may_shrink=may_shrink)
             memory_check.after(foretold, peak, config, rows, compute)
             config = batch_size.smallest(config, processes)

@@ -112,13 +112,17 @@ def of_all(own: Sequence[Problem], processes: Processes) -> list[Problem]:
 
 
 def of_processes(draft: Draft, processes: Processes, *, dry: bool) -> list[Problem]:
-    """A base that is to be spread over several processes where there is one; several that try."""
+    """What does not go with the number of processes: `distributed: fsdp`, `offload`, a trial."""
     if dry and processes.size > 1:
         return [Problem("--dry-run", "tries one process; start it without torchrun")]
-    if draft.values.get("distributed") != "fsdp" or processes.size > 1:
-        return []
-    what = "found fsdp, but this is one process: start it with torchrun, or leave this key out"
-    return [Problem(draft.source.where("distributed"), what)]
+    spread = draft.values.get("distributed") == "fsdp"
+    if spread and processes.size == 1:
+        what = "found fsdp, but this is one process: start it with torchrun, or leave this key out"
+        return [Problem(draft.source.where("distributed"), what)]
+    if draft.values.get("offload") is True and processes.size > 1 and not spread:
+        what = "found true for several processes: set distributed: fsdp, too; each keeps a share"
+        return [Problem(draft.source.where("offload"), what)]
+    return []
 
 
 def refuse(problems: Sequence[Problem], draft: Draft) -> None:
@@ -144,10 +148,11 @@ def say(problems: Sequence[Problem]) -> None:
         logger.log(level, "%s", text)
 
 
-def environment(device: str) -> None:
+def environment(device: str, *, offload: bool = False) -> None:
     """Refuse what a run would stumble over later: a package that is missing, a card left unused.
 
-    Packages of versions that are not known to work are named. `device`: the config's key.
+    Packages of versions that are not known to work are named. `device`, `offload`: the config's
+    keys.
 
     Raises:
         UserError: with what to type.
@@ -165,6 +170,21 @@ def environment(device: str) -> None:
     ]
     if problems:
         raise UserError(problems)
+    if offload:
+        needs_card()
+
+
+def needs_card() -> None:
+    """Refuse weights that are to wait in RAM where there is no card that they could wait for.
+
+    Raises:
+        UserError: naming the key.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        what = "found true, but no card is used: without one all weights lie in RAM anyway"
+        raise user_error("offload", what)
 
 
 def _packages() -> None:

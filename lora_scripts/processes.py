@@ -7,6 +7,7 @@ between CPUs; everything else through gloo.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -148,11 +149,9 @@ def joined() -> Iterator[Processes]:
     import torch.distributed
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        backend = "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend, timeout=PATIENCE)
+    torch.distributed.init_process_group(_backend(), timeout=PATIENCE)
     here = Processes(
         rank=int(os.environ["RANK"]),
         size=size,
@@ -162,6 +161,27 @@ def joined() -> Iterator[Processes]:
     with _pulse(here) as sign_of_life:
         yield replace(here, pulse=sign_of_life)
     torch.distributed.destroy_process_group()
+
+
+def able_to_speak() -> None:
+    """Make a process that is alone a group of one, as libraries for several ask for; else nothing.
+
+    It lasts as long as the process: nobody waits for it.
+    """
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(_backend(), store=store, rank=0, world_size=1)
+        atexit.register(torch.distributed.destroy_process_group)
+
+
+def _backend() -> str:
+    """Cards speak through NCCL, where PyTorch has it (not on Windows); CPUs through gloo."""
+    import torch.distributed
+
+    nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if nccl else "gloo"
 
 
 def _pulse(here: Processes) -> Pulse:

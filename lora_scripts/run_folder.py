@@ -32,7 +32,7 @@ FREE_KEYS = frozenset(
         "epochs", "max_train_steps", "early_stopping_patience", "device",
         "mixed_precision", "gradient_checkpointing",
         "eval_steps", "histogram_steps", "sample_steps", "sample_prompts",
-        "deterministic", "distributed",
+        "deterministic", "distributed", "offload",
         "output_dir", "output_name", "save_steps", "save_every_epochs", "save_total_limit",
         "save_dtype", "resume", "strict_data", "on_nonfinite", "trust_remote_code", "vae",
         "cache_latents", "init_lora",

@@ -93,6 +93,19 @@ def test_a_broken_torch_is_a_row_with_what_to_type(tmp_path: Path) -> None:
     assert done.stdout.endswith("\nWrong here: torch. What to do stands below each, at ->.\n")
 
 
+def test_weights_that_would_wait_for_a_card_where_none_is(project: dict[str, Any]) -> None:
+    """Wrong here, and nothing else is; libraries say nothing between."""
+    config({**project, "offload": True, "device": "auto"})
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_scripts", "doctor", "--config", "my.yaml"],
+        capture_output=True, encoding="utf-8", check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "140"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "WRONG  offload" in done.stdout and "no card is used" in done.stdout
+    assert done.stdout.endswith("\nWrong here: offload. What to do stands below each, at ->.\n")
+
+
 def test_a_broken_package_beside_a_config(project: dict[str, Any], tmp_path: Path) -> None:
     """The run is not looked at, as that needs the package; the machine is all the same."""
     (tmp_path / "diffusers").mkdir()

@@ -26,6 +26,7 @@ COSTS = {
     "mixed_precision": "the frozen model in 16 bits",
     "quantization": "the frozen model in 4 bits",
     "distributed": "each process holds a share of the frozen model",
+    "offload": "the frozen model waits in RAM, each step brings it to the card twice",
     "max_seq_length": "longer rows are cut",
     "resolution": "less detail is learned",
 }
@@ -88,6 +89,9 @@ def ladders(config: Config, compute: Compute) -> list[list[Keys]]:
     found.append(
         [{**keys, **more} for keys in _sharded(config, compute) for more in ({}, *most[-1:])]
     )
+    found.append(
+        [{**keys, **more} for keys in _offloaded(config, compute) for more in ({}, *most[-1:])]
+    )
     coarse = _coarser(config, compute)
     found += [[keys, *({**keys, **more} for more in (*thrifty, *most[-1:]))] for keys in coarse]
     lowest = {**(coarse[-1] if coarse else {}), **strongest}
@@ -134,6 +138,8 @@ def _fitting(
         compute = replace(compute, precision=keys["mixed_precision"])
     if "distributed" in keys:
         compute = replace(compute, sharded=True)
+    if "offload" in keys:
+        compute = replace(compute, sharded=True, offloaded=True)
     found = foretell(config.model_copy(update=dict(keys)), rows, compute)
     if not fits(found, room):
         return None
@@ -153,6 +159,14 @@ def _sharded(config: Config, compute: Compute) -> list[Keys]:
     quantized = isinstance(config, TextConfig) and config.quantization is not None
     may = compute.processes.size > 1 and not compute.sharded and not quantized
     return [{"distributed": "fsdp"}] if may else []
+
+
+def _offloaded(config: Config, compute: Compute) -> list[Keys]:
+    """The frozen weights in RAM, beside a card."""
+    quantized = isinstance(config, TextConfig) and config.quantization is not None
+    share = compute.processes.size == 1 or compute.sharded
+    may = compute.device.type == "cuda" and share and not compute.offloaded and not quantized
+    return [{"offload": True}] if may else []
 
 
 def _coarser(config: Config, compute: Compute) -> list[Keys]:

@@ -103,7 +103,7 @@ def _images(config: ImageConfig, rows: AnyRows, compute: Compute) -> Found:
     sizes = {(prompt.width or side, prompt.height or side) for prompt in config.sample_prompts}
     for width, height in sorted(sizes):
         asked = Pictures(1, width, height, batch.parts)
-        drawn = imagined.draw_picture(fake, asked, compute, mode)
+        drawn = imagined.draw_picture(fake, asked, compute, mode, trained_with=batch)
         passes[SAMPLES] = max(drawn, passes.get(SAMPLES, drawn), key=lambda trace: trace.peak)
     weights = {name: _frozen_bytes(part) for name, part in fake.parts.items()}
     dtypes = {name: compute.dtype if name == "unet" else torch.float32 for name in weights}
@@ -186,7 +186,8 @@ def _estimate(found: Found, config: Config, compute: Compute, imports: int) -> E
     }
     held = _held(found, compute)
     stays = {f"{name} weights": held[name] for name in held if name not in found.resting}
-    there = {f"{name} weights" for name in found.on_card} if on_card else set()
+    waiting = found.largest if compute.offloaded else {}
+    there = {f"{name} weights" for name in found.on_card if on_card and name not in waiting}
     gpu = {"CUDA itself": CUDA_CONTEXT} if on_card else {}
     gpu |= {name: size for name, size in stays.items() if name in there}
     ram = always | {name: size for name, size in stays.items() if name not in there}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Pictures:
 
     def __str__(self) -> str:
         return f"{self.count} × {self.width}×{self.height} pixels"
+
+    def fits_into(self, other: Pictures) -> bool:
+        """Whether none of its numbers is above the other's."""
+        own, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return all(number <= limit for number, limit in zip(own, others, strict=True))
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,18 @@ def encode_picture(fake: fakes.FakeImages, picture: Pictures, mode: FakeTensorMo
 
 
 def draw_picture(
-    fake: fakes.FakeImages, picture: Pictures, compute: Compute, mode: FakeTensorMode
+    fake: fakes.FakeImages,
+    picture: Pictures,
+    compute: Compute,
+    mode: FakeTensorMode,
+    *,
+    trained_with: Pictures,
 ) -> Trace:
-    """A step of the sampler with and without the prompt at once, or the VAE back to pixels."""
+    """A step of the sampler with and without the prompt at once, or the VAE back to pixels.
+
+    The former is passed over where a micro-batch that is trained with, of which activations are
+    kept, too, is as large: it cannot be what takes most.
+    """
     vae: Any = fake.parts["vae"]
     both = Pictures(2, picture.width, picture.height, picture.parts)
     with mode:
@@ -152,8 +161,10 @@ def draw_picture(
                 return fake.family.predict(noisy_BCHW, torch.zeros(2, dtype=torch.long), told)
 
         inputs = [noisy_BCHW, *told.values()]
-        step = _without_gradients(list(fake.parts.values()), predict, inputs)
         back = _without_gradients([vae], lambda: vae.decode(noisy_BCHW[:1]), inputs)
+        if both.fits_into(trained_with):
+            return back
+        step = _without_gradients(list(fake.parts.values()), predict, inputs)
         return max(step, back, key=lambda trace: trace.peak)
 
 

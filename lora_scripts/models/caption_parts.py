@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_scripts import collector
+
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
@@ -78,8 +80,9 @@ def tokenizer_of(path: Path | None, family: Family) -> CLIPTokenizer:
         path: A diffusers folder, a single file, or None for a hub id that is not fetched.
         family: What it is.
     """
-    from lora_scripts.models.components import read_clip_tokenizer
-    from lora_scripts.models.packaged import END, ZERO, clip_tokenizer
+    with collector.importing():
+        from lora_scripts.models.components import read_clip_tokenizer
+        from lora_scripts.models.packaged import END, ZERO, clip_tokenizer
 
     if path is not None and path.is_dir():
         return read_clip_tokenizer(path / "tokenizer")

@@ -355,7 +355,7 @@ def shard(model: Any, compute: Compute) -> None:
     sharding.shard(units(model), compute)
     if tied:
         head.weight = embeddings.weight
-    model.to(compute.device)  # what is neither decoder nor head
+    sharding.bring_rest(model, compute)  # what is neither decoder nor head
 
 
 def checkpoint_gradients(model: Any) -> None:

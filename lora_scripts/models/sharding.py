@@ -3,6 +3,9 @@
 Before a block computes its weights are gathered from all processes, after it they are let go, and
 so again in the backward pass. Every process must therefore do as many passes, in the same order.
 What is trained lies outside of it, whole in each process.
+
+Offloaded, a share waits in RAM and comes to the card to be gathered; that of one process alone is
+the whole base.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lora_scripts.device import Compute
+from lora_scripts.processes import able_to_speak
 
 _ADAPTER = "lora_"  # in the name of every parameter of PEFT's
 
@@ -25,14 +29,29 @@ def shard(units: Sequence[nn.Module], compute: Compute) -> None:
     rest. Must be called by all processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    able_to_speak()
     mesh = init_device_mesh(compute.device.type, (compute.processes.size,))
     kept = {p for unit in units for name, p in unit.named_parameters() if _ADAPTER in name}
+    at_rest = OffloadPolicy()
+    if compute.offloaded:
+        at_rest = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda")
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+        fully_shard(
+            unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept, offload_policy=at_rest
+        )
     for parameter in kept:
         parameter.data = parameter.data.to(compute.device)
+
+
+def bring_rest(module: nn.Module, compute: Compute) -> None:
+    """Put on the device what no unit of a module has."""
+    from torch.distributed.tensor import DTensor
+
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(compute.device)
 
 
 def is_sharded(module: nn.Module) -> bool:

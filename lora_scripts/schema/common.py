@@ -116,6 +116,10 @@ class CommonConfig(Section):
         "ddp",
         description="Several processes: each holds the frozen base (ddp), or a share of it (fsdp).",
     )
+    offload: bool = Field(
+        False,
+        description="Less of a card's memory for more time: the frozen base waits in RAM.",
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="Every random choice follows from it.")
     deterministic: bool = Field(
         False, description="Slower on cards: two runs, resumed or not, are equal to the last bit."

@@ -43,6 +43,10 @@ def misfits_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "quantization", "not on a .gguf file, which is dequantised; name the original model"
     if values.get("quantization") and values.get("distributed") == "fsdp":
         yield "distributed", "fsdp cannot spread weights of 4 or 8 bits: leave out quantization"
+    if values.get("offload") and values.get("quantization"):
+        yield "offload", "weights of 4 or 8 bits stay on the card: leave out one of the two"
+    if values.get("offload") and values.get("device") == "cpu":
+        yield "offload", "found true beside device: cpu; there is no card to spare"
     yield from _of_pictures(values)
     yield from _of_training(values)
 

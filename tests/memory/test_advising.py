@@ -94,7 +94,8 @@ def test_ladders_go_from_what_costs_nothing_to_what_changes_what_is_learned(
     assert [keys["resolution"] for keys in shorter] == [384, 256]
     text, _ = text_run_of(texts, batch_size=1)
     card = Compute(torch.device("cuda"), "bf16")
-    thrifty, coarse, shorter = ladders(text, card)
+    thrifty, offloaded, coarse, shorter = ladders(text, card)
+    assert offloaded == [{"offload": True}, {"offload": True, "gradient_checkpointing": True}]
     assert coarse[0] == {"quantization": "nf4"}
     assert shorter == [{"quantization": "nf4", "gradient_checkpointing": True,
                         "max_seq_length": 128}]  # fmt: skip
@@ -109,6 +110,9 @@ def test_several_processes_are_told_to_spread_the_base(texts: Path) -> None:
     already = replace(several, sharded=True)
     changes = [keys for ladder in ladders(text, already) for keys in ladder]
     assert changes and all({"distributed", "quantization"}.isdisjoint(keys) for keys in changes)
+    assert {"offload": True} in changes
+    waiting = replace(already, offloaded=True)
+    assert all("offload" not in keys for ladder in ladders(text, waiting) for keys in ladder)
 
 
 def test_the_largest_batch_keeps_the_samples_of_a_step(texts: Path) -> None:

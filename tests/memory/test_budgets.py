@@ -1,4 +1,4 @@
-"""Runs that a card of 12 GiB must hold, foretold from the models' published shapes."""
+"""Runs that a card of 12 GiB or less must hold, foretold from the models' published shapes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def test_it_fits(tmp_path: Path, name: str) -> None:
     phases = {phase.name: sum(phase.gpu.values()) for phase in estimate.phases}
     assert {"loading", "training step", "samples", "export"} <= phases.keys()
     assert ("encoding of the pictures" in phases) == ("8B" not in name)
-    whole = {"SD1.5": 1.6e9, "SDXL": 5.1e9, "Llama": 4.5e9}  # the frozen model alone
+    # the frozen model alone
+    whole = {"SD1.5": 1.6e9, "SDXL": 5.1e9, "Llama 8B, NF4": 4.5e9, "Llama 8B, bf16": 16e9}
     least = next(size for model, size in whole.items() if name.startswith(model))
-    assert least < phases["training step"] and max(phases.values()) < budgets.BUDGETS[name].limit
+    assert (phases["training step"] < least) == name.endswith("offload")
+    assert max(phases.values()) < budgets.BUDGETS[name].limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,24 @@ def test_a_spread_base_is_a_share_of_it_and_the_block_at_work_twice(
     parts = step_of(told(tmp_path, values, spread)).ram
     assert parts["unet weights"] == whole["unet weights"] // 4
     assert 0 < parts["gathered weights"] < whole["unet weights"]
+
+
+def test_a_base_beside_the_card_is_in_ram_and_the_block_at_work_on_the_card(
+    tmp_path: Path, base: Path, pictures: Path, text_base: Path, texts: Path
+) -> None:
+    beside = replace(CARD, sharded=True, offloaded=True)
+    for name, values in (
+        ("model", runs.text_values(text_base, texts, tmp_path)),
+        ("unet", runs.values(base, pictures, tmp_path)),
+    ):
+        there = told(tmp_path, values, CARD)
+        waiting = told(tmp_path, values, beside)
+        weights = step_of(there).gpu[f"{name} weights"]
+        assert step_of(waiting).ram[f"{name} weights"] == weights
+        assert f"{name} weights" not in step_of(there).ram
+        assert all(f"{name} weights" not in phase.gpu for phase in waiting.phases)
+        assert 0 < step_of(waiting).gpu["gathered weights"] < 2 * weights
+        assert step_of(waiting).gpu["CUDA itself"] == step_of(there).gpu["CUDA itself"]
 
 
 def test_rows_decide_by_their_real_lengths(tmp_path: Path, text_base: Path, texts: Path) -> None:

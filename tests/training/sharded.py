@@ -1,4 +1,4 @@
-"""What each process of `test_fsdp.py` does: models computed whole, then spread over both.
+"""What each process of `test_fsdp.py` does: models computed whole, then spread over all.
 
 The first one prints as JSON what each has found of each model: how far losses, gradients and
 outputs are from those of the whole model, and which share of the bytes it holds.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_scripts.device import Compute
@@ -26,16 +27,20 @@ from lora_scripts.tasks import build
 from tests import text_toys
 
 STEPS = 2
+OFFLOADED = ("llama dora", "gpt2 lora", "sdxl")  # models that are tried in RAM
 
 
 def frozen(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if not p.requires_grad}
 
 
-def held(modules: list[nn.Module]) -> int:
+def held(modules: list[nn.Module], compute: Compute) -> int:
     """Bytes of the frozen weights that lie in this process; all of them are spread."""
     found = [p for module in modules for p in frozen(module).values()]
     assert all(isinstance(p, DTensor) for p in found)
+    units: Any = [m for whole in modules for m in whole.modules() if isinstance(m, FSDPModule)]
+    groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group)]
+    assert {p.offload_to_cpu for group in groups for p in group.fsdp_params} == {compute.offloaded}
     return bytes_of(p.to_local() for p in found)  # type: ignore[attr-defined]
 
 
@@ -87,7 +92,7 @@ def text(model_type: str, compute: Compute, *, tied: bool, kind: str) -> Any:
         temperature=1.0, seed=3,
     )  # fmt: skip
     found += [causal_lm.probe(model), torch.tensor([1.0, *map(ord, answer)])]
-    return found, whole, held([model]) if compute.sharded else whole
+    return found, whole, held([model], compute) if compute.sharded else whole
 
 
 def images(base: Path, compute: Compute, *, clip_skip: int | None, kind: str) -> Any:
@@ -115,15 +120,19 @@ def images(base: Path, compute: Compute, *, clip_skip: int | None, kind: str) ->
     found = learned(modules, loss)
     with torch.no_grad():
         found.append(family.probe())
-    return found, whole, held(modules) if compute.sharded else whole
+    return found, whole, held(modules, compute) if compute.sharded else whole
 
 
-def main(folder: Path, processes: Processes) -> list[Any]:
+def main(folder: Path, processes: Processes, *, offloaded: bool) -> list[Any]:
     all_found = []
 
     def told(name: str, precision: Any, work: Callable[[Compute], Any]) -> None:
+        if offloaded and name not in OFFLOADED:
+            return
         alone = Compute(torch.device("cpu"), precision)
-        together = Compute(torch.device("cpu"), precision, processes, sharded=True)
+        together = Compute(
+            torch.device("cpu"), precision, processes, sharded=True, offloaded=offloaded
+        )
         (expected, whole, _), (found, _, share) = work(alone), work(together)
         wanted_N, found_N = (
             torch.cat([t.flatten().double() for t in ts]) for ts in (expected, found)
@@ -144,9 +153,9 @@ def main(folder: Path, processes: Processes) -> list[Any]:
     return all_found
 
 
-def tell(folder: Path) -> None:
+def tell(folder: Path, offloaded: bool) -> None:
     """The work of a process. `folder`: holds a base model of each family."""
     with joined() as here:
-        every = here.gathered(main(folder, here))
+        every = here.gathered(main(folder, here, offloaded=offloaded))
         if here.is_first:
             print(json.dumps([one for found in every for one in found]))

@@ -128,7 +128,7 @@ def test_a_spread_model_computes_what_it_did_with_half_its_bytes_in_each(
     bases: dict[Family, Path],
 ) -> None:
     (parent,) = {path.parent for path in bases.values()}
-    told = json.loads(forked.together(2, sharded.tell, parent).splitlines()[-1])
+    told = json.loads(forked.together(2, sharded.tell, parent, False).splitlines()[-1])
     assert len(told) == 2 * 10, "each process tells of each model"
     for model in told:
         assert model["apart"] <= (ROUNDING if model["model"] in bases else 0), model

@@ -105,7 +105,7 @@ class ImageExport:
             fresh.load_file(folder)
         if self.compute.sharded:
             for component in components:
-                sharding.shard(fresh.units(component), self.compute)
+                sharding.shard(fresh.adapted[component], fresh.units(component), self.compute)
         return reference, output_on_fixed_inputs(fresh)
 
 

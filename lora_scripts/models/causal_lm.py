@@ -352,7 +352,7 @@ def shard(model: Any, compute: Compute) -> None:
     """Spread the frozen weights over the processes; embeddings that are the head stay so."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embeddings.weight
-    sharding.shard(units(model), compute)
+    sharding.shard(model, units(model), compute)
     if tied:
         head.weight = embeddings.weight
     sharding.bring_rest(model, compute)  # what is neither decoder nor head

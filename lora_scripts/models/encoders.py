@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_scripts import allocator
 from lora_scripts.models.components import content_digest
+from lora_scripts.models.sharding import is_sharded
 
 T = TypeVar("T")
 Read = Callable[[str, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -70,9 +71,10 @@ class Encoders:
     def visiting(self, *names: str) -> Iterator[None]:
         """Parts on the device within this context; after it back where they were, or at rest.
 
-        A visit within a visit costs nothing: looking through a module's parts takes as long as
-        encoding a small picture."""
-        homes = {n: _device_of(self._modules[n]) for n in names if n not in self._visiting}
+        One that is sharded comes by itself. A visit within a visit costs nothing: looking through
+        a module's parts takes as long as encoding a small picture."""
+        new = [n for n in names if n not in self._visiting and not is_sharded(self._modules[n])]
+        homes = {n: _device_of(self._modules[n]) for n in new}
         self._visiting |= homes.keys()
         try:
             for name in homes:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_scripts.device import Compute
@@ -22,11 +23,16 @@ from lora_scripts.processes import able_to_speak
 _ADAPTER = "lora_"  # in the name of every parameter of PEFT's
 
 
-def shard(units: Sequence[nn.Module], compute: Compute) -> None:
-    """Keep this process's share of each unit's frozen weights, on the device; adapters go there.
+def shard(module: nn.Module, units: Sequence[nn.Module], compute: Compute) -> None:
+    """Keep this process's share of each unit's frozen weights; adapters go to the device.
 
-    `units`: what is gathered at once, each before the one that it stands in, which then holds the
-    rest. Must be called by all processes.
+    Must be called by all processes.
+
+    Args:
+        module: A model of diffusers or transformers.
+        units: What is gathered at once of it, each before the one that it stands in, which then
+            holds the rest.
+        compute: Tells whether a share waits in RAM or on the device.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -43,6 +49,19 @@ def shard(units: Sequence[nn.Module], compute: Compute) -> None:
         )
     for parameter in kept:
         parameter.data = parameter.data.to(compute.device)
+    if compute.offloaded:
+        _tell_device(module, compute.device)
+
+
+def _tell_device(module: nn.Module, device: torch.device) -> None:
+    """Have `module.device` name where a model computes.
+
+    diffusers and transformers take it from the first weight, and it waits in RAM. What they know
+    of a class they find by its name, which stays.
+    """
+    own = type(module)
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    module.__class__ = type(own.__name__, (own,), {**names, "device": device})
 
 
 def bring_rest(module: nn.Module, compute: Compute) -> None:

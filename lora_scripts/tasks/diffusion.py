@@ -75,7 +75,9 @@ class DiffusionTask:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return next(iter(next(iter(self.family.adapted.values())).parameters())).device
+        denoiser: Any = next(iter(self.family.adapted.values()))
+        device: torch.device = denoiser.device
+        return device
 
     @property
     def items(self) -> int:
@@ -128,8 +130,8 @@ class DiffusionTask:
             self.family.checkpoint_gradients()
 
     def shard(self, compute: Compute) -> None:
-        for component in self.adapted:
-            sharding.shard(self.family.units(component), compute)
+        for component, module in self.adapted.items():
+            sharding.shard(module, self.family.units(component), compute)
 
     def encode(self, progress: Progress) -> None:
         """Encode every picture and caption that is to be cached and is not in the cache yet."""

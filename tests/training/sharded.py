@@ -104,8 +104,8 @@ def images(base: Path, compute: Compute, *, clip_skip: int | None, kind: str) ->
     family.checkpoint_gradients()
     whole = bytes_of(p for module in modules for p in frozen(module).values())
     if compute.sharded:
-        for component in family.adapted:
-            sharding.shard(family.units(component), compute)
+        for component, module in family.adapted.items():
+            sharding.shard(module, family.units(component), compute)
     noisy_BCHW = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     tokens = [family.tokenize("a b c"), family.tokenize("d e")]
 

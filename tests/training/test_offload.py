@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from lora_scripts import pipeline, preflight
 from lora_scripts.config import read
 from lora_scripts.errors import UserError
+from lora_scripts.models import sharding
 from lora_scripts.models.kinds import Family
 from lora_scripts.processes import Processes
-from tests import forked, runs, text_toys
+from tests import forked, runs, text_toys, toys
 from tests.training import sharded
 from tests.training.test_fsdp import ROUNDING
 from tests.training.test_processes import write
@@ -55,6 +58,23 @@ def test_models_in_ram_compute_what_they_did(bases: dict[Family, Path]) -> None:
     for model in told:
         assert model["apart"] <= (ROUNDING if model["model"] in bases else 0), model
         assert model["share"] == pytest.approx(1.0, rel=0.1), model
+
+
+def test_a_model_whose_weights_wait_names_the_card_as_its_device() -> None:
+    """diffusers and transformers make tensors there; the weights lie on the CPU."""
+    card = torch.device("cuda")
+    unet, encoder = toys.stable_diffusion_parts()["unet"], text_toys.model("llama")
+    known = [str(type(module)) for module in (unet, encoder)]
+    for module in (unet, encoder):
+        sharding._tell_device(module, card)
+        assert module.device == card
+        assert next(module.parameters()).device.type == "cpu"
+    assert [str(type(module)) for module in (unet, encoder)] == known
+    pipeline = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    assert pipeline._execution_device == card
 
 
 def test_a_run_on_text_is_the_same(tmp_path: Path, texts: dict[str, Any]) -> None:

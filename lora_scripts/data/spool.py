@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 IN_MEMORY = 1 << 16  # bytes
 _BLOCK = 1 << 20  # bytes read or written at once
+_FEW = 1 << 15  # the same of numbers that become Python's, which take four times as much
 Item = TypeVar("Item")
 
 
@@ -89,9 +90,9 @@ class Column:
         size = self.dtype.itemsize
         return np.frombuffer(self.spool.read(start * size, end * size), dtype=self.dtype)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All of them, some at a time."""
-        step = _BLOCK // self.dtype.itemsize
+    def blocks(self, size: int = _BLOCK) -> Iterator[np.ndarray]:
+        """All of them, some at a time: so many bytes."""
+        step = size // self.dtype.itemsize
         for start in range(0, len(self), step):
             yield self.read(start, min(start + step, len(self)))
 
@@ -137,7 +138,7 @@ class Values(Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         start = 0
-        for ends in self._ends.blocks():
+        for ends in self._ends.blocks(_FEW):
             for end in ends.tolist():
                 yield self._read(start, end)
                 start = end

@@ -90,9 +90,9 @@ class Column:
         size = self.dtype.itemsize
         return np.frombuffer(self.spool.read(start * size, end * size), dtype=self.dtype)
 
-    def blocks(self, size: int = _BLOCK) -> Iterator[np.ndarray]:
+    def blocks(self, size: int | None = None) -> Iterator[np.ndarray]:
         """All of them, some at a time: so many bytes."""
-        step = size // self.dtype.itemsize
+        step = (size or _BLOCK) // self.dtype.itemsize
         for start in range(0, len(self), step):
             yield self.read(start, min(start + step, len(self)))
 

@@ -32,14 +32,13 @@ class PictureSet:
         regularisation = pictures[:0] if regularisation is None else regularisation
         slots = pictures.views
         last = np.zeros(int(slots.sum()), dtype=bool)
-        ends = np.cumsum(slots, dtype=np.int32)
-        ends -= 1
-        last[ends] = True
-        del ends
+        last[np.cumsum(slots, dtype=np.int32) - 1] = True
         often = np.maximum(1, np.round(regularisation.weights)).astype(np.int32)
         rounds = regularisation.take(np.repeat(np.arange(len(often), dtype=np.int32), often))
         numbers = np.arange(len(pictures), dtype=np.int32)
-        return cls(pictures, np.repeat(numbers, slots), last, rounds)
+        if len(last) > len(pictures):
+            numbers = np.repeat(numbers, slots)
+        return cls(pictures, numbers, last, rounds)
 
     @classmethod
     def measured(cls, pictures: Pictures, views: int) -> PictureSet:
@@ -77,12 +76,14 @@ class PictureSet:
 
     def batches(self, batch_size: int, *key: int | str, epoch: int = 0) -> Batches:
         """The epoch's views in shuffled micro-batches of one bucket each; the order is `key`'s."""
+        source = numpy_generator(*key, epoch)
+        if self.pictures.weights_are_whole and not len(self.regularisation):  # all, in their order
+            ranks = self.pictures.bucket_ranks[self.picture_of_view]
+            return buckets.plan_batches(ranks, batch_size, source)
         views = self.shown(epoch, *key)
         learned = int(np.searchsorted(views, len(self)))  # the others stand behind them
         ranks = self.pictures.bucket_ranks[self.picture_of_view[views[:learned]]]
         if learned < len(views):
             kept = (views[learned:] - len(self)) % len(self.regularisation)
             ranks = np.append(ranks, self.regularisation.bucket_ranks[kept])
-        planned = buckets.plan_batches(ranks, batch_size, numpy_generator(*key, epoch))
-        all_in_order = learned == len(views) == len(self)
-        return planned if all_in_order else planned.of(views)
+        return buckets.plan_batches(ranks, batch_size, source).of(views)

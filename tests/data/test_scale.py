@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lora_scripts.data import (
+    buckets,
     cache,
     conversations,
     duplicates,
@@ -30,7 +31,8 @@ from lora_scripts.data import (
 )
 from lora_scripts.data.chat import ChatFormat
 from lora_scripts.data.conversations import TextRecord, TextRecords, content_of
-from lora_scripts.data.records import read_images
+from lora_scripts.data.pictures import Picture, Pictures
+from lora_scripts.data.records import Record, read_images
 from lora_scripts.data.rows import Rows
 from lora_scripts.data.views import PictureSet
 from lora_scripts.schema import ImageConfig, ImageDataset, TextConfig, TextDataset
@@ -70,6 +72,7 @@ def test_a_row_takes_a_few_bytes_from_the_check_to_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool, "IN_MEMORY", 1)  # small data would not be put on disk
+    monkeypatch.setattr(spool, "_FEW", 256)
     for module in (
         reading,
         spool,
@@ -148,6 +151,27 @@ def test_a_picture_takes_a_few_bytes_when_it_is_dealt_out(
         assert len(data.train) == count and len(planned) == count // 2
     (held,) = slopes(found, SMALL // 5, LARGE // 5)
     assert held < MOST
+
+
+def test_many_pictures_take_32_bytes_each_while_they_are_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most at any moment: between two sizes of which the smaller fills each block."""
+    monkeypatch.setattr(spool, "IN_MEMORY", 1)
+    for module in (spool, buckets):
+        monkeypatch.setattr(module, "_BLOCK", 4096)
+    monkeypatch.setattr(spool, "_FEW", 4096)
+    found: dict[int, list[int]] = {}
+    for count in (10, SMALL * 5, LARGE * 5):
+        record = Record("data/a.png", "a", "metadata.csv line 1")
+        one = (Picture(record, ("a",), (64, 64), ((64, 64), (96, 48))[n % 2], 1.0, f"{n:064}")
+               for n in range(count))  # fmt: skip
+        with peak(found.setdefault(count, [])):
+            learned = PictureSet.repeated(Pictures.of(one, tmp_path))
+            planned = learned.batches(4, 1, "order")
+        assert sorted(view for batch in planned for view in batch) == list(range(count))
+    (held,) = slopes(found, SMALL * 5, LARGE * 5)
+    assert held < 32
 
 
 def test_records_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,13 +73,6 @@ class DiffusionTask:
         return {denoiser: self.config.learning_rate, **of_others}
 
     @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        denoiser: Any = next(iter(self.family.adapted.values()))
-        device: torch.device = denoiser.device
-        return device
-
-    @property
     def items(self) -> int:
         """How many different pictures are learned from."""
         return len(self.train_set.pictures)
@@ -181,7 +174,9 @@ class DiffusionTask:
         noisy_BCHW, target_BCHW = diffuse(
             latents_BCHW, noise_BCHW, signal_B, self.family.prediction
         )
-        output_BCHW = self.family.predict(noisy_BCHW, timesteps_B, self._conditioning(batch))
+        output_BCHW = self.family.predict(
+            noisy_BCHW, timesteps_B, self._conditioning(batch, device)
+        )
         error_BCHW = (output_BCHW.float() - target_BCHW).square()
         weight_B = share_B = self._weights(batch["indices"], key)
         if "mask" in batch:
@@ -206,7 +201,7 @@ class DiffusionTask:
         means, deviations = zip(*encoded, strict=True)
         return torch.stack(means).to(device), torch.stack(deviations).to(device)
 
-    def _conditioning(self, batch: Batch) -> Conditioning:
+    def _conditioning(self, batch: Batch, device: torch.device) -> Conditioning:
         """What the denoiser is told: cached, or encoded now, with gradients where it is trained."""
         conditioning = {
             name.removeprefix("conditioning."): tensor
@@ -217,7 +212,7 @@ class DiffusionTask:
             return conditioning
         if self.config.train_text_encoder:
             return {**self.family.encode_tokens(batch["tokens"]), **conditioning}
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return {**self.family.encode_tokens(batch["tokens"]), **conditioning}
 
     def _weights(self, indices: Indices, key: Key) -> torch.Tensor:

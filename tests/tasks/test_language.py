@@ -216,13 +216,13 @@ def test_weights_deal_out_evenly() -> None:
 
 def test_a_second_run_finds_the_tokens(tmp_path: Path, rows: Path, llama: Path) -> None:
     first, _, _ = runs.text_task(llama, rows, tmp_path)
-    path = first.data.encoding.path
+    path = Path(first.data.encoding.path)
     before = path.stat().st_mtime_ns
     second, _, _ = runs.text_task(llama, rows, tmp_path, lora_rank=8)
-    assert second.data.encoding.path == path
+    assert second.data.encoding.path == str(path)
     assert path.stat().st_mtime_ns == before
     other, _, _ = runs.text_task(llama, rows, tmp_path, train_on="all")
-    assert other.data.encoding.path != path
+    assert other.data.encoding.path != str(path)
     assert other.data.encoding.learned.sum() > first.data.encoding.learned.sum()
 
 

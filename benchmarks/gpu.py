@@ -72,12 +72,19 @@ ROWS = {
         "SDXL, 1024², checkpointing", "sdxl", {"resolution": 1024, **CHECKPOINTED},
         f"{SIMPLE}: 1.080 s, 6.5 GiB",
     ),
+    "sdxl-offload": Row(
+        "SDXL, 1024², checkpointing, offload", "sdxl",
+        {"resolution": 1024, "offload": True, **CHECKPOINTED},
+    ),
     "1b": Row("Llama 1B", "llama-1b"),
     "8b": Row("Llama 8B", "llama-8b", {}, f"{TUNE}: 3,083 tokens/s, 16.2 GiB"),
     "8b-checkpointing": Row("Llama 8B, checkpointing", "llama-8b", CHECKPOINTED),
     "8b-nf4": Row(
         "Llama 8B, NF4, checkpointing", "llama-8b", {"quantization": "nf4", **CHECKPOINTED},
         f"{TUNE}: 2,413 tokens/s, 7.4 GiB",
+    ),
+    "8b-offload": Row(
+        "Llama 8B, checkpointing, offload", "llama-8b", {"offload": True, **CHECKPOINTED}
     ),
 }  # fmt: skip
 HEAD = """\

@@ -177,3 +177,10 @@ def test_a_file_that_goes_meanwhile(pictures: list[Path], tmp_path: Path) -> Non
     pictures[0].unlink()
     look = look_at(pictures, tmp_path / "cache")[0]
     assert look.error == ("unreadable-file", "there is no such file")
+
+
+@pytest.mark.parametrize("path", ["a.png", "data/a.png", "../data/图.png", "/data/a.png"])
+def test_a_file_is_known_by_its_absolute_path(path: str) -> None:
+    """As earlier versions wrote it, so that what they remember stays known."""
+    assert picture_memory._key(path) == os.fsencode(Path(path).absolute())
+    assert picture_memory._key(Path(path)) == picture_memory._key(path)

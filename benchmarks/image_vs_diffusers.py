@@ -365,7 +365,7 @@ def dealt(folder: Path, case: Case, seed: int) -> Iterator[tuple[Any, list[str]]
         order = torch.randperm(len(records), generator=generator).tolist()
         for start in range(0, len(order) - case.batch + 1, case.batch):
             chosen = [records[index] for index in order[start : start + case.batch]]
-            yield torch.stack([pixels_of(r.path) for r in chosen]), [r.caption for r in chosen]
+            yield torch.stack([pixels_of(r.file) for r in chosen]), [r.caption for r in chosen]
 
 
 def pixels_of(path: Path) -> Any:

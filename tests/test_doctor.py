@@ -93,6 +93,7 @@ def test_a_broken_torch_is_a_row_with_what_to_type(tmp_path: Path) -> None:
     assert done.stdout.endswith("\nWrong here: torch. What to do stands below each, at ->.\n")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_weights_that_would_wait_for_a_card_where_none_is(project: dict[str, Any]) -> None:
     """Wrong here, and nothing else is; libraries say nothing between."""
     config({**project, "offload": True, "device": "auto"})

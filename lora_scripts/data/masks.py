@@ -50,7 +50,7 @@ def find(record: Record, dataset: ImageDataset) -> str | None:
 def _refuse_link(folder: Path, place: str) -> None:
     why = link_problem(folder, Path(place), thing="mask", home="the folder of masks")
     if why is not None:
-        raise UserError([Problem(str(place), why, "error", "link")])
+        raise UserError([Problem(place, why, "error", "link")])
 
 
 def check(rows: Sequence[tuple[Record, ImageDataset]]) -> list[Problem]:
@@ -93,10 +93,10 @@ def _trouble(record: Record, place: str) -> list[Problem]:
     if abs(mask.width * size[1] - mask.height * size[0]) > 0.01 * size[0] * size[1]:
         found = f"{mask.width}×{mask.height}"
         what = f"this mask is {found}, its picture {size[0]}×{size[1]}: another shape"
-        return [Problem(str(place), what, "error", "mask-shape")]
+        return [Problem(place, what, "error", "mask-shape")]
     if not mask.getbbox():
         what = "this mask is black all over: nothing would be learned"
-        return [Problem(str(place), what, "error", "black-mask")]
+        return [Problem(place, what, "error", "black-mask")]
     return []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from lora_scripts.data import near_duplicates
 from lora_scripts.data.duplicates import Indices, runs
+from lora_scripts.data.folders import suffix_of
 from lora_scripts.data.image_folder import FORMATS
 from lora_scripts.data.looking import COLOURS, Look
 from lora_scripts.data.reading import shorten
@@ -49,7 +49,7 @@ def check(rows: Sequence[Row], looks: Sequence[Look], folder: Path | None = None
 
 
 def _misnamed(record: Record, look: Look) -> list[tuple[str, str]]:
-    suffix = os.path.splitext(record.file)[1]
+    suffix = suffix_of(record.name)
     if look.format in FORMATS[suffix.lower()]:
         return []
     name = "JPEG" if look.format == "MPO" else look.format

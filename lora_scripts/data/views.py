@@ -63,15 +63,13 @@ class PictureSet:
 
     def shown(self, epoch: int, *key: int | str) -> np.ndarray:
         """The views of an epoch in the order of their numbers, int32."""
-        views = np.arange(len(self), dtype=np.int32)
-        if not self.pictures.weights_are_whole:
-            weight_P = self.pictures.weights
-            times_P = weights.times(weight_P, *key, epoch=epoch)
-            full_V = (times_P >= np.ceil(weight_P))[self.picture_of_view]
-            views = views[full_V | ~self.is_last]
+        weight_P = self.pictures.weights
+        times_P = weights.times(weight_P, *key, epoch=epoch)
+        full_V = (times_P >= np.ceil(weight_P))[self.picture_of_view]
+        views = np.flatnonzero(full_V | ~self.is_last).astype(np.int32)
         if not len(self.regularisation):
             return views
-        kept = np.arange(len(views)) + round(epoch * self.pictures.weights.sum())
+        kept = np.arange(len(views)) + round(epoch * weight_P.sum())
         return np.concatenate([views, (len(self) + kept).astype(np.int32)])
 
     def batches(self, batch_size: int, *key: int | str, epoch: int = 0) -> Batches:

@@ -137,35 +137,28 @@ def encode_picture(fake: fakes.FakeImages, picture: Pictures, mode: FakeTensorMo
         return _without_gradients([vae], lambda: latents.encode(vae, pixels_CHW), [pixels_CHW])
 
 
-def draw_picture(
-    fake: fakes.FakeImages,
-    picture: Pictures,
-    compute: Compute,
-    mode: FakeTensorMode,
-    *,
-    trained_with: Pictures,
+def sampler_step(
+    fake: fakes.FakeImages, batch: Pictures, compute: Compute, mode: FakeTensorMode
 ) -> Trace:
-    """A step of the sampler with and without the prompt at once, or the VAE back to pixels.
-
-    The former is passed over where a micro-batch that is trained with, of which activations are
-    kept, too, is as large: it cannot be what takes most.
-    """
-    vae: Any = fake.parts["vae"]
-    both = Pictures(2, picture.width, picture.height, picture.parts)
+    """A step of the sampler; a picture counts twice, with and without its prompt."""
     with mode:
-        noisy_BCHW = _noise(fake, both)
-        told = _told(fake.family, both, fake)
+        noisy_BCHW = _noise(fake, batch)
+        told = _told(fake.family, batch, fake)
 
         def predict() -> Any:
+            timesteps_B = torch.zeros(batch.count, dtype=torch.long)
             with _autocast(compute):
-                return fake.family.predict(noisy_BCHW, torch.zeros(2, dtype=torch.long), told)
+                return fake.family.predict(noisy_BCHW, timesteps_B, told)
 
-        inputs = [noisy_BCHW, *told.values()]
-        back = _without_gradients([vae], lambda: vae.decode(noisy_BCHW[:1]), inputs)
-        if both.fits_into(trained_with):
-            return back
-        step = _without_gradients(list(fake.parts.values()), predict, inputs)
-        return max(step, back, key=lambda trace: trace.peak)
+        return _without_gradients(list(fake.parts.values()), predict, [noisy_BCHW, *told.values()])
+
+
+def decode_picture(fake: fakes.FakeImages, picture: Pictures, mode: FakeTensorMode) -> Trace:
+    """The VAE back to pixels."""
+    vae: Any = fake.parts["vae"]
+    with mode:
+        latents_BCHW = _noise(fake, picture)
+        return _without_gradients([vae], lambda: vae.decode(latents_BCHW), [latents_BCHW])
 
 
 def answer_bytes(model: Any, prompt: TextPrompt, longest: int, width: int) -> int:

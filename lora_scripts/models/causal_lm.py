@@ -390,7 +390,7 @@ def generate(
             do_sample=temperature > 0,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
-            synced_gpus=sharding.is_sharded(model),  # none ends before the others do
+            synced_gpus=sharding.is_shared(model),  # none ends before the others do
             streamer=None if stream is None else _Streamer(tokenizer, stream),
             **({"temperature": temperature} if temperature > 0 else {}),
         )

@@ -74,10 +74,17 @@ def bring_rest(module: nn.Module, compute: Compute) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether passes through a module must be done by all processes together."""
+    """Whether a module's weights are gathered when it computes."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether passes through a module must be done by several processes together."""
+    import torch.distributed
+
+    return is_sharded(module) and torch.distributed.get_world_size() > 1
 
 
 @contextmanager

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_scripts.config import read
 from lora_scripts.device import Compute, choose
-from lora_scripts.memory import Estimate, Phase, foretell
+from lora_scripts.memory import Estimate, Phase, fakes, foretell, imagined
+from lora_scripts.memory.heaviest import Pictures
 from lora_scripts.memory.tracker import bytes_of, tensors_of
 from lora_scripts.models import lora
 from lora_scripts.preflight import inputs
 from lora_scripts.processes import Processes
-from lora_scripts.schema import Config
+from lora_scripts.schema import Config, ImageConfig
 from tests import runs, text_toys, toys
 
 KINDS = ("pictures", "captions")
@@ -105,6 +107,23 @@ def test_activations_follow_batch_and_resolution(
     assert 1.9 < activations(batch_size=2) / one < 2.1
     assert 3.5 < activations(batch_size=1, resolution=128) / one < 5.0
     assert activations(batch_size=1, gradient_checkpointing=True) < 0.7 * one
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_the_sampler_takes_no_more_than_one_of_training(
+    tmp_path: Path, base: Path, pictures: Path, checkpointing: bool
+) -> None:
+    """So it is passed over where a micro-batch is as large."""
+    values = runs.values(base, pictures, tmp_path, gradient_checkpointing=checkpointing)
+    config, _ = prepared(tmp_path, values)
+    assert isinstance(config, ImageConfig)
+    cpu = choose("cpu", "no")
+    fake, mode = fakes.images(config, cpu), FakeTensorMode(allow_non_fake_inputs=True)
+    fakes.pretend(fake.parts.values(), mode)
+    two, one = (Pictures(count, 64, 64, 1) for count in (2, 1))
+    trained = imagined.image_step(fake, two, config, cpu, mode, text_too=False)
+    assert 0 < imagined.sampler_step(fake, two, cpu, mode).peak <= trained.peak
+    assert two.fits_into(two) and one.fits_into(two) and not two.fits_into(one)
 
 
 def test_what_training_keeps_is_named(tmp_path: Path, base: Path, pictures: Path) -> None:

@@ -96,6 +96,7 @@ def test_a_run_on_pictures_is_the_same(sd_folder: Path, pictures: Path, tmp_path
     assert len(list((beside / "samples").iterdir())) == 3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_where_it_does_nothing_it_is_refused(tmp_path: Path, texts: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="offload: found true, but no card is used"):
         pipeline.run(write(tmp_path, "auto", texts, offload=True, device="auto"))

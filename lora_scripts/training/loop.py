@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_scripts.device import Compute
+from lora_scripts.models import lora
 from lora_scripts.processes import Processes
 from lora_scripts.run_files import CHECKPOINTS
 from lora_scripts.schema import Config
@@ -66,8 +67,9 @@ def train(
         stop_signals() as stopped,
     ):
         between = _Between(learner, log, Clock(), folder, write_adapter)
+        begins_afresh = config.init_lora is None  # with the base as it is
         if first_step == 0:
-            between.look(sampling=True, measuring=True)
+            between.look(sampling=not begins_afresh, measuring=True)
         done = learner.is_done()
         todo = (
             () if done else steps.remaining(task, config, learner.position, total_steps, processes)
@@ -79,6 +81,8 @@ def train(
                 between.note(taken)
                 learner.clear()
             number = learner.position.step
+            if number == 1 and begins_afresh:
+                between.look_back()
             last = number == total_steps
             measured = between.look(
                 sampling=last or number % config.sample_steps == 0,
@@ -131,18 +135,34 @@ class _Between:
     def look(self, *, sampling: bool, measuring: bool) -> float | None:
         """Held-out loss and samples of what was learned so far. Returns the loss, if measured."""
         learner, loss = self.learner, None
-        task, compute, step = learner.task, learner.compute, learner.position.step
+        task, step = learner.task, learner.position.step
         switch(task, training=False)
         with learner.average.shown():
             if measuring:
                 with self.clock.time("evaluation"):
-                    loss = held_out_loss(task, learner.config.seed, compute)
+                    loss = held_out_loss(task, learner.config.seed, learner.compute)
                 self.log.evaluation(step, loss)
-            if sampling and (compute.processes.is_first or compute.sharded):
-                with self.clock.time("samples"):
-                    key = Key(learner.config.seed, "validation", 0)
-                    self.log.samples(step, task.sample(key))
+            if sampling:
+                self._draw(step)
         return loss
+
+    def look_back(self) -> None:
+        """Samples of the base, as of step 0: drawn once a step has been taken.
+
+        They take longer than a step, and what may fail or be mistaken shows itself in that.
+        """
+        task = self.learner.task
+        switch(task, training=False)
+        with lora.resting(task.adapted.values()):
+            self._draw(0)
+
+    def _draw(self, step: int) -> None:
+        """Samples of the model as it is; the first process does that, or all where it is spread."""
+        learner = self.learner
+        if learner.compute.processes.is_first or learner.compute.sharded:
+            with self.clock.time("samples"):
+                key = Key(learner.config.seed, "validation", 0)
+                self.log.samples(step, learner.task.sample(key))
 
     def save(self, *, passing: bool) -> None:
         """A checkpoint; only the first process writes one. `passing`: as `Learner.packed`."""

@@ -14,8 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_scripts.data.images import view_of
+from lora_scripts.device import choose
 from lora_scripts.errors import UserError
 from lora_scripts.models import lora
+from lora_scripts.models.family import DrawRequest, Options
+from lora_scripts.tasks import build
 from lora_scripts.tasks.task import Key
 from tests import runs, toys
 
@@ -188,3 +191,39 @@ def test_targets_that_leave_out_a_module(sd_folder: Path, pictures: Path, tmp_pa
         runs.task(sd_folder, pictures, tmp_path, lora_targets=["q_proj"])
     with pytest.raises(UserError, match="none of these is a layer of text_encoder, which"):
         runs.task(sd_folder, pictures, tmp_path, lora_targets=["to_q"], train_text_encoder=True)
+
+
+# --- samples before any learning ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_base_is_drawn_after_the_first_step_as_if_there_had_been_none(
+    sd_folder: Path, pictures: Path, tmp_path: Path, kind: str
+) -> None:
+    """The first thing that may fail is a step; samples of the base can wait for it."""
+    options: dict[str, Any] = {
+        "lora_type": kind, "lora_dropout": 0.2, "sample_prompts": ["a square"], "sample_steps": 1,
+        "epochs": 1, "learning_rate": 0.1, "train_text_encoder": True,
+    }  # fmt: skip
+    _, output = runs.run(sd_folder, pictures, tmp_path, **options)
+    family = build.load_family(build.find_base(str(sd_folder)), choose("cpu", "no"), Options())
+    base = family.draw(DrawRequest("a square", "", 7.5, 25, 64, 64, seed=42))
+    drawn = [np.asarray(Image.open(output / f"samples/step-{n:06d}_00.png")) for n in (0, 1)]
+    assert np.array_equal(drawn[0], np.asarray(base))
+    assert not np.array_equal(drawn[0], drawn[1])
+    rows = map(json.loads, (output / "metrics.jsonl").read_text("utf-8").splitlines())
+    first = next(row["time"] for row in rows if "loss" in row)
+    assert (output / "samples/step-000000_00.png").stat().st_mtime > first
+
+
+def test_what_goes_on_from_a_finished_lora_is_drawn_as_it_begins(
+    sd_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"sample_prompts": ["a square"], "learning_rate": 0.1, "epochs": 1}
+    _, first = runs.run(sd_folder, pictures, tmp_path / "first", **options)
+    _, second = runs.run(sd_folder, pictures, tmp_path / "second", **options, init_lora=str(first))
+    end, begin = (run / f"samples/step-{n:06d}_00.png" for run, n in ((first, 3), (second, 0)))
+    there, here = (np.asarray(Image.open(path)).astype(int) for path in (end, begin))
+    base = np.asarray(Image.open(first / "samples/step-000000_00.png")).astype(int)
+    assert abs(there - here).max() <= 2  # written in fp16
+    assert abs(there - base).max() > 20

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,6 +91,19 @@ def attach(
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by their path in `module`."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def resting(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The modules as they are without what was attached; what is trained is left as it is."""
+    attached = [layer for module in modules for _, layer in _layers(module, ADAPTER)]
+    for layer in attached:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in attached:
+            layer.enable_adapters(True)
 
 
 def layers(module: nn.Module, adapter: str = ADAPTER) -> list[AdaptedLayer]:

@@ -113,18 +113,43 @@ def helped_by_others() -> None:
 
 
 def blocks_compiled() -> None:
-    """Each block of the denoiser compiled by torch.compile."""
-    from lora_scripts.tasks import diffusion
+    """Each block of attention compiled by torch.compile, with PEFT's layers, which it fuses.
 
-    attach = diffusion.DiffusionTask.attach
+    Texts once for all shapes, around the attention, as rows end elsewhere in every batch; pictures
+    for each shape.
+    """
+    import torch
 
-    def attached(task: diffusion.DiffusionTask) -> None:
+    from lora_scripts.models import packing
+    from lora_scripts.tasks import diffusion, language
+
+    pefts_layer()
+    apart: Any = torch.compiler.disable
+    packing.segment_attention = apart(packing.segment_attention)
+    for kind, dynamic in ((diffusion.DiffusionTask, False), (language.LanguageTask, True)):
+        kind.attach = _compiling(kind.attach, dynamic=dynamic)  # type: ignore[method-assign]
+
+
+def _compiling(attach: Callable[[Any], None], *, dynamic: bool) -> Callable[[Any], None]:
+    """`attach`, and then the compiler on the blocks that it has put the LoRA on."""
+    import torch
+
+    def attached(task: Any) -> None:
         attach(task)
-        for unit in task.family.units("unet"):
-            if unit is not task.adapted["unet"]:
-                unit.compile(dynamic=True)
+        for block in _blocks_of(task):
+            block.forward = torch.compile(block.forward, dynamic=dynamic)
 
-    diffusion.DiffusionTask.attach = attached  # type: ignore[method-assign]
+    return attached
+
+
+def _blocks_of(task: Any) -> list[Any]:
+    """The repeated blocks of attention."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    (module, *_) = task.adapted.values()
+    if hasattr(module, "get_decoder"):
+        return list(module.get_decoder().layers)
+    return [part for part in module.modules() if isinstance(part, BasicTransformerBlock)]
 
 
 BF16 = {"mixed_precision": "bf16"}
@@ -148,7 +173,9 @@ LEVERS: Mapping[str, Lever] = {
     "what reads ahead computes alone": Lever(
         Side(BF16, helped_by_others), Side(BF16), [DEMO, IMAGE, TEXT]
     ),
-    "blocks compiled": Lever(Side(BF16), Side(BF16, blocks_compiled), [IMAGE]),
+    "blocks compiled": Lever(
+        Side(BF16), Side(BF16, blocks_compiled), [TEXT, LONG, IMAGE, LARGE]
+    ),
     "gradient checkpointing": Lever(
         Side(BF16), Side({**BF16, "gradient_checkpointing": True}), [LONG, LARGE]
     ),

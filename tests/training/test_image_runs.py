@@ -195,6 +195,8 @@ def test_targets_that_leave_out_a_module(sd_folder: Path, pictures: Path, tmp_pa
 
 # --- samples before any learning ------------------------------------------------------------------
 
+SQUARE = {"prompt": "a square", "steps": 4}
+
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_base_is_drawn_after_the_first_step_as_if_there_had_been_none(
@@ -202,12 +204,12 @@ def test_the_base_is_drawn_after_the_first_step_as_if_there_had_been_none(
 ) -> None:
     """The first thing that may fail is a step; samples of the base can wait for it."""
     options: dict[str, Any] = {
-        "lora_type": kind, "lora_dropout": 0.2, "sample_prompts": ["a square"], "sample_steps": 1,
-        "epochs": 1, "learning_rate": 0.1, "train_text_encoder": True,
+        "lora_type": kind, "lora_dropout": 0.2, "sample_prompts": [SQUARE], "sample_steps": 1,
+        "max_train_steps": 1, "learning_rate": 0.1, "train_text_encoder": True,
     }  # fmt: skip
     _, output = runs.run(sd_folder, pictures, tmp_path, **options)
     family = build.load_family(build.find_base(str(sd_folder)), choose("cpu", "no"), Options())
-    base = family.draw(DrawRequest("a square", "", 7.5, 25, 64, 64, seed=42))
+    base = family.draw(DrawRequest("a square", "", 7.5, 4, 64, 64, seed=42))
     drawn = [np.asarray(Image.open(output / f"samples/step-{n:06d}_00.png")) for n in (0, 1)]
     assert np.array_equal(drawn[0], np.asarray(base))
     assert not np.array_equal(drawn[0], drawn[1])
@@ -219,7 +221,7 @@ def test_the_base_is_drawn_after_the_first_step_as_if_there_had_been_none(
 def test_what_goes_on_from_a_finished_lora_is_drawn_as_it_begins(
     sd_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"sample_prompts": ["a square"], "learning_rate": 0.1, "epochs": 1}
+    options: dict[str, Any] = {"sample_prompts": [SQUARE], "learning_rate": 0.1, "epochs": 1}
     _, first = runs.run(sd_folder, pictures, tmp_path / "first", **options)
     _, second = runs.run(sd_folder, pictures, tmp_path / "second", **options, init_lora=str(first))
     end, begin = (run / f"samples/step-{n:06d}_00.png" for run, n in ((first, 3), (second, 0)))

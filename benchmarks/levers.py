@@ -143,13 +143,13 @@ def _compiling(attach: Callable[[Any], None], *, dynamic: bool) -> Callable[[Any
 
 
 def _blocks_of(task: Any) -> list[Any]:
-    """The repeated blocks of attention."""
+    """The repeated blocks of attention: of a UNet, or of a LLaMA."""
     from diffusers.models.attention import BasicTransformerBlock
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+    kinds = BasicTransformerBlock, LlamaDecoderLayer
     (module, *_) = task.adapted.values()
-    if hasattr(module, "get_decoder"):
-        return list(module.get_decoder().layers)
-    return [part for part in module.modules() if isinstance(part, BasicTransformerBlock)]
+    return [part for part in module.modules() if isinstance(part, kinds)]
 
 
 BF16 = {"mixed_precision": "bf16"}

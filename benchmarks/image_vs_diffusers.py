@@ -14,10 +14,11 @@ pictures and captions in every step, as the example does:
   in float32).
 
 Seconds a step are the median over all steps but the first; `before` are those up to the first step
-(ours has encoded all pictures by then). Peaks are of the process up to the last step: its resident
-set, and what of that is private (no pages of files). Random weights cost what trained ones cost.
-For the demo's model the held-out loss is measured by diffusers and PEFT in float32 from the
-exported file, in a process that belongs to neither.
+(ours has encoded all pictures by then). Below each model stands the least that a step of the UNet
+can take at the rate of this machine's matrix products, measured in the same run. Peaks are of the
+process up to the last step: its resident set, and what of that is private (no pages of files).
+Random weights cost what trained ones cost. For the demo's model the held-out loss is measured by
+diffusers and PEFT in float32 from the exported file, in a process that belongs to neither.
 """
 
 from __future__ import annotations
@@ -116,8 +117,14 @@ def compare(folder: Path, name: str, arguments: argparse.Namespace) -> None:
             f"| {loss if any(losses) else '–'} |",
             flush=True,
         )
+    least = json.loads(call("floor", name, str(base)))
+    print(
+        f"\n{case.name}: {least['operations'] / 1e12:.3f} TFLOP a step at "
+        f"{least['rate'] / 1e12:.3f} TFLOP/s take {least['operations'] / least['rate']:.3f} s\n",
+        flush=True,
+    )
     if case.family == "demo":
-        print(f"\nwithout training: {json.loads(call('evaluate', str(base), '')):.5f}\n")
+        print(f"without training: {json.loads(call('evaluate', str(base), '')):.5f}\n")
 
 
 def call(*arguments: str) -> str:
@@ -132,6 +139,7 @@ def child(what: str, *arguments: str) -> None:
     """One piece of work; the last line of the output is its result."""
     work: dict[str, Callable[..., None]] = {
         "base": make_base, OURS: ours, "plain": plain, "evaluate": evaluate,
+        "floor": print_floor,
     }  # fmt: skip
     work[what](*arguments)
 
@@ -378,6 +386,27 @@ def pixels_of(path: Path) -> Any:
     on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     values = np.asarray(on_white.convert("RGB"), np.float32) / 127.5 - 1
     return torch.from_numpy(values).permute(2, 0, 1)
+
+
+def print_floor(name: str, base: str) -> None:
+    """Print the operations of a step of the UNet with its LoRA, and the rate of this machine."""
+    import torch
+
+    from benchmarks import floor
+
+    case, parts = CASES[name], Parts(Path(base), torch.bfloat16)
+    parts.adapt()
+    captions = ["a drawing"] * case.batch
+    pixels_BCHW = torch.zeros(case.batch, 3, case.resolution, case.resolution)
+    noisy = parts.latents(pixels_BCHW).to(torch.bfloat16)
+    told = parts.told(captions, case.resolution)
+
+    def step() -> None:
+        output = parts.unet(noisy, torch.tensor(1), return_dict=False, **told)[0]
+        torch.autograd.backward(output.float().square().mean())
+
+    found = {"operations": floor.arithmetic(step), "rate": floor.rate()}
+    print(json.dumps(found))
 
 
 def evaluate(base: str, output: str) -> None:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 INTERVAL = 2.0  # seconds between two signs of life
 SILENT = 20.0  # seconds without one, after which a process is given up
 STUCK = 30.0  # seconds at the same piece of work, if no piece has taken a fifth of that before
+QUICK = 0.1  # seconds between two looks when all are about to end
 LONGER = 5.0  # times the longest piece so far is too long
 VERDICT = "verdict"
 TOLD = "told"  # a verdict that needs no more words
@@ -91,12 +92,12 @@ class Pulse:
         try:
             if error is None:
                 self._store.set(_key(self._rank), json.dumps({"done": True}))
-            elif self._verdict() is None:
+                return
+            if self._verdict() is None:
                 told = isinstance(error, UserError)  # by this process, for all
                 said = TOLD if told else f"{self._name} has ended: {error or kind}"
                 self._store.set(VERDICT, said)
-            if self._rank == 0 and error is not None:
-                time.sleep(3 * INTERVAL)  # the store goes with this process
+            self._heed()
         except RuntimeError:  # it is gone already
             logger.debug("no store to say goodbye to")
 
@@ -128,8 +129,8 @@ class Pulse:
             verdict = self._judge()
             if verdict is not None:
                 self._store.set(VERDICT, verdict)
-                time.sleep(3 * INTERVAL)  # the store goes with this process
         if verdict is not None:
+            self._heed()
             self._end(verdict)
         self._spoke = time.monotonic()
 
@@ -157,11 +158,23 @@ class Pulse:
         if silent > SILENT:
             self._end(f"{self._names[0]} cannot be reached for {silent:.0f} seconds")
 
+    def _heed(self) -> None:
+        """Say that the verdict was read. The first one, with which the store goes, waits for the
+        others to do so; not for long, as one may be gone.
+        """
+        self._store.set(_heard(self._rank), "")
+        if self._rank > 0:
+            return
+        every = [_heard(rank) for rank in range(len(self._names))]
+        until = time.monotonic() + 3 * INTERVAL
+        while time.monotonic() < until and not self._store.check(every):
+            time.sleep(QUICK)
+
     def _end(self, verdict: str) -> None:
         if self._ended.is_set():
             return
         if verdict == TOLD:
-            time.sleep(5 * INTERVAL)  # torchrun ends them all with the first that ends
+            self._let_it_be_told()
             os._exit(UserError.exit_code)
         logger.error(
             "Stopped: %s. Nothing was saved after the last checkpoint; the same command goes on "
@@ -171,9 +184,25 @@ class Pulse:
         logging.shutdown()
         os._exit(EXIT_INTERRUPTED)
 
+    def _let_it_be_told(self) -> None:
+        """torchrun ends all with the one that ends first, which should be the one that tells."""
+        until = time.monotonic() + 5 * INTERVAL
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # PyTorch's words when the connection breaks
+        try:
+            while time.monotonic() < until:
+                self._store.check([VERDICT])  # breaks when the first one has ended
+                time.sleep(QUICK)
+        except RuntimeError:
+            time.sleep(10 * QUICK)  # torchrun should see that one's end before this one's
+
 
 def _key(rank: int) -> str:
     return f"pulse/{rank}"
+
+
+def _heard(rank: int) -> str:
+    """Where a process says that it has read the verdict."""
+    return f"heard/{rank}"
 
 
 def open_store(host: str, port: int, *, here: bool) -> TCPStore:

@@ -15,9 +15,11 @@ import pytest
 
 from lora_scripts import pipeline
 from lora_scripts.config import read
+from lora_scripts.data.rows import AnyRows
 from lora_scripts.device import Compute, choose
+from lora_scripts.memory import foretelling
 from lora_scripts.preflight import inputs
-from lora_scripts.schema import Config
+from lora_scripts.schema import Config, ImageConfig
 from lora_scripts.tasks import build
 from lora_scripts.tasks.diffusion import DiffusionTask
 from lora_scripts.tasks.language import LanguageTask
@@ -94,7 +96,8 @@ def text_task(
 def _run(folder: Path, values: dict[str, Any]) -> tuple[int, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = toys.write_config(folder / "run.yaml", **values)
-    return pipeline.run(path), folder / "output" / "toy"
+    with _shapes_known():
+        return pipeline.run(path), folder / "output" / "toy"
 
 
 def _build(
@@ -109,6 +112,34 @@ def _build(
     built.encode(lambda what, done, total: None)
     built.attach()
     return built, config, compute
+
+
+# what the memory of a run does not depend on
+SHAPELESS = {"output_dir", "cache_dir", "epochs", "max_train_steps", "save_steps", "eval_steps",
+             "learning_rate", "resume"}  # fmt: skip
+_told: dict[tuple[object, ...], foretelling.Found] = {}
+
+
+@contextmanager
+def _shapes_known() -> Iterator[None]:
+    """Within this context the memory of picture runs of the same shapes is found once for all.
+
+    It takes two fifths of a run at toy size; `tests.memory` has it anew each time.
+    """
+    find = foretelling._images
+
+    def found(config: ImageConfig, rows: AnyRows, compute: Compute) -> foretelling.Found:
+        folders = [Path(config.base_model), *(Path(part.path) for _, part in rows.parts)]
+        files = [path for folder in folders for path in [folder, *sorted(folder.rglob("*"))]]
+        stamps = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        key = (config.model_dump_json(exclude=SHAPELESS), *stamps, str(compute))
+        if key not in _told:
+            _told[key] = find(config, rows, compute)
+        return _told[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(foretelling, "_images", found)
+        yield
 
 
 @contextmanager

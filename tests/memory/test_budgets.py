@@ -8,8 +8,13 @@ import pytest
 
 from benchmarks import budgets
 
+RUNS = [
+    pytest.param(name, marks=[pytest.mark.slow] * name.endswith("offload"))
+    for name in budgets.BUDGETS
+]
 
-@pytest.mark.parametrize("name", budgets.BUDGETS)
+
+@pytest.mark.parametrize("name", RUNS)
 def test_it_fits(tmp_path: Path, name: str) -> None:
     estimate = budgets.foretold(tmp_path, name)
     phases = {phase.name: sum(phase.gpu.values()) for phase in estimate.phases}

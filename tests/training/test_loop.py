@@ -154,13 +154,12 @@ def test_steps_end_with_the_epochs_or_the_cap(
     assert list(steps.remaining(task, capped, planned[2].after, 4, ALONE)) == [planned[3]]
 
 
-RESUMED = {
-    "plain": {},
-    "accumulation": {"gradient_accumulation_steps": 2},
-    "dropout": {"lora_dropout": 0.3, "random_flip": True, "caption_dropout": 0.3},
+RESUMED: dict[str, dict[str, Any]] = {
+    "accumulation": {"gradient_accumulation_steps": 2, "lora_dropout": 0.3,
+                     "random_flip": True, "caption_dropout": 0.3},
     "fp16": {"mixed_precision": "fp16"},
     "bf16": {"mixed_precision": "bf16", "lr_scheduler": "cosine", "lr_warmup_steps": 3},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RESUMED)

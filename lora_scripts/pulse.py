@@ -162,10 +162,10 @@ class Pulse:
         """Say that the verdict was read. The first one, with which the store goes, waits for the
         others to do so; not for long, as one may be gone.
         """
-        self._store.set(_heard(self._rank), "")
+        self._store.set(_heeded(self._rank), "")
         if self._rank > 0:
             return
-        every = [_heard(rank) for rank in range(len(self._names))]
+        every = [_heeded(rank) for rank in range(len(self._names))]
         until = time.monotonic() + 3 * INTERVAL
         while time.monotonic() < until and not self._store.check(every):
             time.sleep(QUICK)
@@ -200,9 +200,9 @@ def _key(rank: int) -> str:
     return f"pulse/{rank}"
 
 
-def _heard(rank: int) -> str:
+def _heeded(rank: int) -> str:
     """Where a process says that it has read the verdict."""
-    return f"heard/{rank}"
+    return f"heeded/{rank}"
 
 
 def open_store(host: str, port: int, *, here: bool) -> TCPStore:

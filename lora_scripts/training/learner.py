@@ -19,7 +19,7 @@ from lora_scripts.models import lora
 from lora_scripts.randomness import seed_of
 from lora_scripts.schema import Config
 from lora_scripts.tasks.task import Batch, Task
-from lora_scripts.training import checkpoint, nonfinite, optim
+from lora_scripts.training import contents, nonfinite, optim
 from lora_scripts.training.averaging import PREFIX, Average
 from lora_scripts.training.checkpoint import Best, Position, State
 from lora_scripts.training.evaluate import to_device
@@ -87,8 +87,8 @@ class Learner:
             path, state = start
             # the folder need not be there but for the first process
             here = compute.processes.is_first
-            tensors = compute.processes.told_by_first(checkpoint.read_tensors(path) if here else {})
-            checkpoint.unpack(path, tensors, state, self.parameters, self.optimizer)
+            tensors = compute.processes.told_by_first(contents.read_tensors(path) if here else {})
+            contents.unpack(path, tensors, state, self.parameters, self.optimizer)
             self.average.load(tensors)
             self.scaler.load_state_dict(dict(state.scaler))
             self.position, self.best = state.position, state.best
@@ -173,7 +173,7 @@ class Learner:
 
     def packed(self, *, passing: bool) -> tuple[State, dict[str, torch.Tensor]]:
         """What a checkpoint keeps. `passing`: it was not due, but is the best or made at a stop."""
-        tensors, numbers = checkpoint.pack(self.parameters, self.optimizer)
+        tensors, numbers = contents.pack(self.parameters, self.optimizer)
         state = State(
             position=self.position,
             best=self.best,
@@ -203,8 +203,8 @@ class Learner:
         self.average.take()
         if not self.config.early_stopping_patience or self.best is None or interrupted:
             return self.position
-        kept = PREFIX if self.config.ema_decay else checkpoint.ADAPTER
-        return checkpoint.go_back(folder, self.best, self.parameters, kept)
+        kept = PREFIX if self.config.ema_decay else contents.ADAPTER
+        return contents.go_back(folder, self.best, self.parameters, kept)
 
 
 def trained_parameters(task: Task) -> dict[str, nn.Parameter]:

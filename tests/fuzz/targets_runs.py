@@ -16,7 +16,7 @@ from torch import nn
 from lora_scripts import config, run_folder
 from lora_scripts.data.cache import Cache, fill, key_of
 from lora_scripts.schema import Config
-from lora_scripts.training import checkpoint, log
+from lora_scripts.training import checkpoint, contents, log
 from lora_scripts.training.checkpoint import Position, State
 from tests import toys
 from tests.fuzz.mutation import Files, spoil, spoil_json, spoil_lines
@@ -52,7 +52,7 @@ def _runs(work: Path) -> list[Files]:
     work.mkdir(parents=True, exist_ok=True)
     folder = work / "run"
     parameters = _parameters()
-    tensors, numbers = checkpoint.pack(parameters, _optimizer(parameters))
+    tensors, numbers = contents.pack(parameters, _optimizer(parameters))
     for step in (2, 4):
         state = State(
             position=Position(step, 1, 1, step * 2),
@@ -108,8 +108,8 @@ def _read_checkpoint(folder: Path) -> None:
     assert newest is not None
     state = checkpoint.read_state(newest)
     parameters = _parameters()
-    tensors = checkpoint.read_tensors(newest)
-    checkpoint.unpack(newest, tensors, state, parameters, _optimizer(parameters))
+    tensors = contents.read_tensors(newest)
+    contents.unpack(newest, tensors, state, parameters, _optimizer(parameters))
     if state.best is not None:
         checkpoint.judged(state.best, state.position.step + 1, 0.1)
 

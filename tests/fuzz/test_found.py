@@ -24,7 +24,7 @@ from lora_scripts.models.header import read_header
 from lora_scripts.models.signature import read_signature
 from lora_scripts.models.text_signature import read_text_signature
 from lora_scripts.tasks import build
-from lora_scripts.training import checkpoint, log
+from lora_scripts.training import checkpoint, contents, log
 from tests import base_toys, text_toys, toys
 from tests.fuzz import targets_runs
 
@@ -211,8 +211,8 @@ def test_an_optimizers_state_of_another_form(run: Path) -> None:
             targets_runs._summed((folder / "state.json").read_bytes())
         )
         state = checkpoint.read_state(folder)
-        tensors = checkpoint.read_tensors(folder)
-        refused(checkpoint.unpack, folder, tensors, state, parameters, optimizer)
+        tensors = contents.read_tensors(folder)
+        refused(contents.unpack, folder, tensors, state, parameters, optimizer)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"steps": 4}', '{"steps": 4, "files": [7]}'])

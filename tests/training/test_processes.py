@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from lora_scripts import pipeline, pulse
-from lora_scripts.errors import UserError
+from lora_scripts.errors import EXIT_INTERRUPTED, UserError
+from lora_scripts.processes import joined
 from lora_scripts.pulse import Work
 from lora_scripts.training import checkpoint
 from tests import forked, runs, text_toys, toys
@@ -233,6 +234,24 @@ def test_all_stop_after_the_same_step_and_go_on_to_the_same_bits(
 def test_a_problem_that_all_have_is_told_once(tmp_path: Path, texts: dict[str, Any]) -> None:
     said = forked_run(write(tmp_path, "wrong", texts, lora_rank=0), 2, code=2)
     assert said.count("lora_rank") == 1
+
+
+def fail_in_the_second() -> None:
+    """The work of a process among three."""
+    try:
+        with joined() as here:
+            here.wait()
+            if here.rank == 1:
+                raise RuntimeError("no such luck")
+            here.wait()
+    except RuntimeError:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def test_all_others_learn_which_one_has_failed() -> None:
+    """The first one, with which the store goes, stays until each has read it."""
+    said = forked.together(3, fail_in_the_second, code=EXIT_INTERRUPTED)
+    assert said.count(f"Stopped: rank 1 on {socket.gethostname()} has ended: no such luck") == 2
 
 
 def test_a_dry_run_of_several_is_refused(tmp_path: Path, texts: dict[str, Any]) -> None:

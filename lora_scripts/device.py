@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from lora_scripts import threads
 from lora_scripts.errors import user_error
 from lora_scripts.processes import ALONE, Processes
 
@@ -121,11 +123,17 @@ def _fastest_on_cuda() -> Precision:
 
 
 def _fastest_on_cpu() -> Precision:
-    """bf16 where the CPU computes it natively, found by timing a matrix product.
+    """bf16 where the CPU computes it natively, found by timing matrix products.
 
-    With native support bf16 is several times faster than float32; without, far slower.
+    With native support bf16 is several times faster than float32; without, far slower. Counted is
+    the time that one thread computes, which other programs on a busy machine do not lengthen.
     """
-    small, large = 256, 1024  # where bf16 is slow, the small one tells, and is soon done
+    with ThreadPoolExecutor(1, initializer=threads.compute_alone) as aside:
+        return aside.submit(_faster).result()
+
+
+def _faster() -> Precision:
+    small, large = 256, 768  # where bf16 is slow, the small one tells, and is soon done
     if _matmul_seconds(torch.bfloat16, small) > 5 * _matmul_seconds(torch.float32, small):
         return "no"
     plain = _matmul_seconds(torch.float32, large)
@@ -134,11 +142,13 @@ def _fastest_on_cpu() -> Precision:
 
 def _matmul_seconds(dtype: torch.dtype, size: int, rounds: int = 5) -> float:
     """The shortest of `rounds` products of two square matrices, after one that is not timed."""
+    # Windows counts a thread's time in sixtieths of a second
+    clock = time.perf_counter if os.name == "nt" else time.thread_time
     matrix = torch.ones(size, size, dtype=dtype)
     torch.mm(matrix, matrix)
     seconds = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         torch.mm(matrix, matrix)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds)
